@@ -1,0 +1,70 @@
+"""Every way this project says no: the exceptions it raises, the reason codes it writes in rows."""
+
+from enum import StrEnum
+
+
+class ExitCode:
+    """Exit codes of the `vl01` command."""
+
+    OK = 0  # every row accounted for; failed rows are rows
+    STOPPED = 1  # the run stopped before its end and can be resumed
+    USAGE = 2  # wrong usage or configuration, found before any model was loaded
+    STRICT = 3  # `--strict` and some rows failed
+    UNACCOUNTED = 4  # rows missing or twice
+
+
+class Reason(StrEnum):
+    """Why a row has no answer; the `reason` column of a failed or truncated row."""
+
+    # read: the bytes could not be had
+    NOT_FOUND = "not_found"  # planned, but gone when it was read
+    READ_ERROR = "read_error"  # the storage answered with an error
+    SOURCE_DAMAGED = "source_damaged"  # a tar cut in the middle, a Parquet file that does not open
+    MISSING_COLUMN = "missing_column"  # a Parquet file without the image column
+    EMPTY_SOURCE = "empty_source"  # a tar without a single image
+    MISSING_IMAGE = "missing_image"  # a null in the image column
+    TOO_MANY_BYTES = "too_many_bytes"
+
+    # prepare: the bytes are not a usable image
+    EMPTY_FILE = "empty_file"
+    NOT_AN_IMAGE = "not_an_image"
+    DECODE_ERROR = "decode_error"  # an image format was recognised, its content is damaged
+    TOO_MANY_PIXELS = "too_many_pixels"
+    TIMEOUT = "timeout"
+
+    # generate
+    PROMPT_TOO_LONG = "prompt_too_long"
+    MAX_NEW_TOKENS = "max_new_tokens"  # the answer was cut at its length limit (status truncated)
+
+
+class VL01Error(Exception):
+    """Base of every error raised on purpose here; `exit_code` is what `vl01` returns."""
+
+    exit_code = ExitCode.STOPPED
+
+
+class ConfigError(VL01Error):
+    """What the user asked for cannot be done. Raised before any model is loaded."""
+
+    exit_code = ExitCode.USAGE
+
+
+class CheckpointError(ConfigError):
+    """The checkpoint is not VL-01's layout, or not whole."""
+
+
+class EngineError(VL01Error):
+    """The engine is broken: its replica must be rebuilt and its units done again."""
+
+
+class LedgerError(VL01Error):
+    """The output cannot be written safely: its lease is held or lost, or a record is damaged."""
+
+
+class RowError(VL01Error):
+    """One row has no answer: it becomes a row with `reason` and `message`, and no other is hurt."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(f"{reason}: {message}")
+        self.reason = reason
+        self.message = message
