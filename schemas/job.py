@@ -1,0 +1,93 @@
+"""A job: the named, complete configuration of a run, as a user writes it in flags or in YAML.
+
+Knows what is allowed; whether paths, checkpoint and hardware are really there is for `jobs/`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from schemas.requests import Sampling
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Job(BaseModel):
+    """Every key of a job file; each is a flag of the command too (max_pixels: `--max-pixels`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: Literal["caption"] = "caption"
+    source: str = Field(description="a folder, a glob, a .tar, a .parquet, or one image")
+    output: str = Field(description="the folder of the dataset that is written")
+    model: str = Field(description="a checkpoint folder in VL-01's released layout")
+
+    prompt: str = Field(min_length=1, description="what is asked of every image")
+    system: str | None = Field(None, description="the system message, if any")
+
+    max_new_tokens: Positive = Field(256, description="longest answer, in tokens")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1 keeps every token")
+    seed: int = Field(0, ge=0, description="the same seed gives the same text")
+    stop: tuple[str, ...] = Field((), description="strings that end an answer")
+
+    image_column: str | None = Field(None, description="the image column of Parquet sources")
+    keep: tuple[str, ...] = Field((), description="other Parquet columns to carry to the output")
+    unit_rows: Positive = Field(
+        256, description="rows committed together, where a source can be cut"
+    )
+    max_pixels: Positive = Field(100_000_000, description="larger images become failed rows")
+    max_bytes: Positive = Field(256 * 1024**2, description="larger files become failed rows")
+    decode_seconds: float = Field(30.0, gt=0, description="longest time to decode one image")
+    exif_rotate: bool = Field(False, description="turn photographs upright by their EXIF tag")
+
+    quantization: Literal["int8", "none"] = Field("int8", description="weights of the text model")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="activations; auto is float32 on CPU and bfloat16 on GPU"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    pp: Positive = Field(1, description="ranks (GPUs) that share the layers of one replica")
+    replicas: Positive = Field(1, description="copies of the model that run side by side")
+    max_sequences: Positive | None = Field(
+        None, description="sequences in flight per replica; default: as many as fit"
+    )
+    chunk_tokens: Positive = Field(2048, description="tokens computed together in one step")
+    cache_gib: float | None = Field(
+        None, gt=0, description="memory for states and K/V per rank; default: what is free on a GPU"
+    )
+
+    prepare_workers: Positive | None = Field(None, description="default: from the cores there are")
+    address: str = Field("local", description="the Ray cluster: local, auto, or its address")
+    endpoint_url: str | None = Field(None, description="an S3 server other than AWS's own")
+    strict: bool = Field(False, description="exit 3 if any row failed")
+
+    def sampling(self) -> Sampling:
+        return Sampling(
+            self.max_new_tokens, self.temperature, self.top_p, self.seed, tuple(self.stop)
+        )
+
+    def fingerprint(self, model_revision: str) -> dict[str, Any]:
+        """All that decides which rows are written and what they say: every key but the few that
+        only decide where and how fast the run goes. Those may change between two runs on one
+        output; the rest may not.
+        """
+        return self.model_dump(mode="json", exclude=_WHERE_AND_HOW_FAST) | {
+            "model_revision": model_revision
+        }
+
+
+_WHERE_AND_HOW_FAST = {
+    "output",
+    "model",  # its path; the fingerprint holds its revision
+    "device",
+    "pp",
+    "replicas",
+    "max_sequences",
+    "chunk_tokens",
+    "cache_gib",
+    "decode_seconds",
+    "prepare_workers",
+    "address",
+    "endpoint_url",
+    "strict",
+}

@@ -1,0 +1,74 @@
+"""What is written under OUT/_vl01: the plan's units and the record of a committed unit."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import pyarrow as pa
+
+from schemas.errors import LedgerError
+
+
+class UnitKind(StrEnum):
+    IMAGES = "images"  # some of the image files of a folder
+    TAR = "tar"  # one WebDataset shard
+    PARQUET = "parquet"  # consecutive rows of one Parquet file
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The slice of a source that is read, retried and committed as a whole.
+
+    names: relative to the source's root; many for IMAGES, one otherwise.
+    first_row, rows: of the Parquet file; rows is None for a tar, which must be read to be counted.
+    """
+
+    number: int
+    kind: UnitKind
+    names: tuple[str, ...]
+    first_row: int = 0
+    rows: int | None = None
+
+
+PLAN = pa.schema(
+    [
+        ("unit", pa.int64()),
+        ("kind", pa.string()),
+        ("names", pa.list_(pa.string())),
+        ("first_row", pa.int64()),
+        ("rows", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """Proof that a unit is done: its part counts if, and only if, this record is there.
+
+    statuses and reasons count the part's rows; tokens sums prompt and output tokens.
+    """
+
+    unit: int
+    part: str
+    rows: int
+    bytes: int
+    sha256: str
+    statuses: dict[str, int]
+    reasons: dict[str, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    run: str = ""
+    committed_at: str = ""
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "CommitRecord":
+        """Raises LedgerError, naming `where`, for a damaged record or one of another version."""
+        try:
+            values: dict[str, Any] = json.loads(data)
+            return cls(**values)
+        except (ValueError, TypeError) as error:
+            raise LedgerError(f"{where} is not a commit record: {error}") from error

@@ -1,0 +1,101 @@
+"""The Arrow schema of what passes between stages: INPUT, PREPARED, GENERATED, OUTPUT rows.
+
+Columns that a user asked to keep from a Parquet source follow the named ones in each of them.
+"""
+
+from enum import StrEnum
+
+import pyarrow as pa
+
+
+class Status(StrEnum):
+    """The `status` column: what became of a row."""
+
+    OK = "ok"
+    TRUNCATED = "truncated"  # the answer reached max_new_tokens
+    INVALID = "invalid"  # the model answered, the answer breaks the schema
+    FAILED = "failed"  # no answer; `reason` and `message` say why
+
+
+_IDENTITY = [
+    ("row_id", pa.string()),  # stable: made from name of source, member and page
+    ("unit", pa.int64()),
+    ("index", pa.int32()),  # position within the unit
+    ("unit_rows", pa.int32()),  # rows of the unit, on its last row; null before
+    ("source", pa.string()),
+    ("member", pa.string()),  # name within a tar, row number within a Parquet file
+    ("page", pa.int32()),
+]
+_VERDICT = [("reason", pa.string()), ("message", pa.string())]
+_IMAGE = [
+    ("image_tokens", pa.int32()),
+    ("tiles", pa.int32()),
+    ("width", pa.int32()),  # pixels, as tiled (after an EXIF rotation, if one was asked for)
+    ("height", pa.int32()),
+    ("image_sha256", pa.string()),  # of the encoded bytes
+]
+_ANSWER = [
+    ("text", pa.string()),
+    ("finish_reason", pa.string()),
+    ("prompt_tokens", pa.int32()),
+    ("output_tokens", pa.int32()),
+    ("attempts", pa.int32()),
+    ("mean_logprob", pa.float32()),
+]
+
+INPUT = pa.schema(
+    [*_IDENTITY, *_VERDICT, ("read_seconds", pa.float32()), ("data", pa.large_binary())]
+)
+
+PREPARED = pa.schema(
+    [
+        *_IDENTITY,
+        *_VERDICT,
+        ("read_seconds", pa.float32()),
+        *_IMAGE,
+        ("prepare_seconds", pa.float32()),
+        ("token_ids", pa.list_(pa.int32())),
+        # uint8 [tiles, side, side, 3], flat. Ragged lists of uint8 cross Ray's object store without
+        # a copy; Python bytes cost ten times as much.
+        ("pixels", pa.large_list(pa.uint8())),
+    ]
+)
+
+GENERATED = pa.schema(
+    [
+        *_IDENTITY,
+        *_VERDICT,
+        ("read_seconds", pa.float32()),
+        *_IMAGE,
+        ("prepare_seconds", pa.float32()),
+        *_ANSWER,
+        ("generate_seconds", pa.float32()),
+    ]
+)
+
+OUTPUT = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("source", pa.string()),
+        ("member", pa.string()),
+        ("page", pa.int32()),
+        ("status", pa.string()),
+        *_VERDICT,
+        ("text", pa.string()),
+        ("finish_reason", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("image_tokens", pa.int32()),
+        ("output_tokens", pa.int32()),
+        ("tiles", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("image_sha256", pa.string()),
+        ("attempts", pa.int32()),
+        ("mean_logprob", pa.float32()),
+    ]
+)
+
+
+def with_kept(schema: pa.Schema, kept: pa.Schema) -> pa.Schema:
+    """`schema` followed by the columns carried over from the source."""
+    return pa.schema([*schema, *kept])
