@@ -50,8 +50,8 @@ def choose_layout(
     grid_width, grid_height = choose_grid(width, height, pinpoints)
     if tile % patch or grid_width % tile or grid_height % tile:
         raise ValueError(
-            f"a grid of {grid_width} x {grid_height} pixels, tiles of {tile} and patches of {patch}:"
-            " expected the grid in whole tiles and the tile in whole patches"
+            f"a grid of {grid_width} x {grid_height} pixels, tiles of {tile}, patches of {patch}: "
+            "expected the grid in whole tiles and the tile in whole patches"
         )
     patch_columns, patch_rows = _unpadded(width, height, grid_width // patch, grid_height // patch)
     return Layout(grid_width // tile, grid_height // tile, patch_columns, patch_rows, tile, patch)
