@@ -1,0 +1,284 @@
+"""What a checkpoint says about itself: sizes, constants and image settings, read and checked.
+
+Owns the JSON files of a checkpoint; knows nothing of tensors, so it may be read on any machine.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from schemas.errors import CheckpointError
+
+LayerType = Literal["lightning", "softmax"]
+
+_LAYER_TYPE_NAMES: dict[object, LayerType] = {
+    0: "lightning",
+    1: "softmax",
+    "linear_attention": "lightning",
+    "full_attention": "softmax",
+}
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The weights of a residual connection: alpha * x + beta * f(x)."""
+
+    alpha: float
+    beta: float
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Sizes and constants of the text backbone. `layer_types[i]` belongs to global layer i."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    rope_theta: float
+    max_position_embeddings: int
+    num_experts: int
+    experts_per_token: int
+    rms_norm_eps: float
+    layer_types: tuple[LayerType, ...]
+    lightning_residual: Residual
+    softmax_residual: Residual
+    moe_residual: Residual
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the CLIP vision tower. `image_size` is the side of a tile in pixels."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    image_size: int
+    layer_norm_eps: float
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class VL01Config:
+    """Everything a checkpoint says about itself. `pinpoints` are (width, height) in pixels."""
+
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pinpoints: tuple[tuple[int, int], ...]
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+
+def load_config(checkpoint: str | Path) -> VL01Config:
+    """Read config.json, preprocessor_config.json and generation_config.json of a checkpoint.
+
+    Both the released field names and transformers' own names for them are understood.
+    Raises CheckpointError when a file is missing or damaged, when the checkpoint is not VL-01,
+    and when it asks for something this implementation does not compute.
+    """
+    root = Path(checkpoint)
+    config = _Section(root / "config.json", _read_json(root, "config.json"))
+    if config.get("model_type") != "minimax_vl_01":
+        raise CheckpointError(
+            f"{config.path} says model_type {config.get('model_type')!r}; expected 'minimax_vl_01'."
+            " Point --model at a MiniMax-VL-01 checkpoint."
+        )
+    config.expect("vision_feature_layer", -1)
+    config.expect("vision_feature_select_strategy", "default")
+    config.expect("projector_hidden_act", "gelu")
+    vision = _vision_config(config.section("vision_config"))
+    preprocessor = _Section(
+        root / "preprocessor_config.json", _read_json(root, "preprocessor_config.json")
+    )
+    return VL01Config(
+        text=_text_config(config.section("text_config")),
+        vision=vision,
+        image_token_id=config.need("image_token_index", "image_token_id"),
+        eos_token_ids=_eos_token_ids(root, config),
+        pinpoints=_pinpoints(config, preprocessor, vision.image_size),
+        image_mean=tuple(preprocessor.need("image_mean")),
+        image_std=tuple(preprocessor.need("image_std")),
+    )
+
+
+class _Section:
+    """One JSON object of a checkpoint, whose errors name the file and the key."""
+
+    def __init__(self, path: Path | str, values: dict[str, Any]) -> None:
+        self.path = path
+        self._values = values
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        """The value under the first of `names` that is present and not null."""
+        found = (self._values[name] for name in names if self._values.get(name) is not None)
+        return next(found, default)
+
+    def need(self, *names: str) -> Any:
+        value = self.get(*names)
+        if value is None:
+            raise CheckpointError(f"{self.path} lacks {' or '.join(names)}.")
+        return value
+
+    def expect(self, name: str, *supported: Any) -> None:
+        """An absent key means the first of `supported`, the released value."""
+        value = self._values.get(name, supported[0])
+        if value not in supported:
+            raise CheckpointError(
+                f"{self.path} says {name} = {value!r}; this program computes only "
+                f"{' or '.join(repr(s) for s in supported)}."
+            )
+
+    def section(self, name: str) -> "_Section":
+        values = self.need(name)
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{self.path}: {name} is {values!r}; expected an object.")
+        return _Section(f"{self.path}: {name}", values)
+
+
+def _read_json(root: Path, name: str) -> dict[str, Any]:
+    try:
+        values = json.loads((root / name).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{root} has no {name}. Expected the folder of a MiniMax-VL-01 checkpoint."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{root / name} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{root / name} holds {type(values).__name__}; expected an object.")
+    return values
+
+
+def _text_config(text: _Section) -> TextConfig:
+    text.expect("hidden_act", "silu")
+    text.expect("postnorm", True)
+    text.expect("tie_word_embeddings", False)
+    text.expect("sliding_window", None)
+    text.expect("rope_scaling", None)
+    if any(text.get("shared_intermediate_size", default=[])):
+        raise CheckpointError(f"{text.path} has shared experts; this program computes none.")
+    num_layers, num_heads = text.need("num_hidden_layers"), text.need("num_attention_heads")
+    head_dim = text.get("head_dim", default=text.need("hidden_size") // num_heads)
+    rope = text.get("rope_parameters", default={})
+    rotary_factor = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", default=1))
+    config = TextConfig(
+        vocab_size=text.need("vocab_size"),
+        hidden_size=text.need("hidden_size"),
+        intermediate_size=text.need("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=text.need("num_key_value_heads"),
+        head_dim=head_dim,
+        rotary_dim=text.get("rotary_dim", default=int(head_dim * rotary_factor)),
+        rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else text.need("rope_theta")),
+        max_position_embeddings=text.need("max_position_embeddings"),
+        num_experts=text.need("num_local_experts", "num_experts"),
+        experts_per_token=text.need("num_experts_per_tok"),
+        rms_norm_eps=text.get("rms_norm_eps", default=1e-5),
+        layer_types=_layer_types(text, num_layers),
+        lightning_residual=_residual(text, "linear_attention", "linear_attn"),
+        softmax_residual=_residual(text, "full_attention", "full_attn"),
+        moe_residual=_residual(text, "mlp", "mlp"),
+    )
+    _check_text(config, text.path)
+    return config
+
+
+def _layer_types(text: _Section, num_layers: int) -> tuple[LayerType, ...]:
+    names = text.need("attn_type_list", "layer_types")
+    unknown = [name for name in names if name not in _LAYER_TYPE_NAMES]
+    if unknown or len(names) != num_layers:
+        raise CheckpointError(
+            f"{text.path} lists {len(names)} attention types for {num_layers} layers"
+            + (f", among them {unknown[0]!r}" if unknown else "")
+            + "; expected one for each layer, 0 (lightning) or 1 (softmax)."
+        )
+    return tuple(_LAYER_TYPE_NAMES[name] for name in names)
+
+
+def _residual(text: _Section, released: str, transformers: str) -> Residual:
+    return Residual(
+        text.need(f"layernorm_{released}_alpha", f"{transformers}_alpha_factor"),
+        text.need(f"layernorm_{released}_beta", f"{transformers}_beta_factor"),
+    )
+
+
+def _check_text(config: TextConfig, where: Path | str) -> None:
+    problems = {
+        f"{config.num_heads} heads over {config.num_kv_heads} key/value heads": (
+            config.num_heads % config.num_kv_heads
+        ),
+        f"rotary_dim {config.rotary_dim} in head_dim {config.head_dim}": (
+            config.rotary_dim % 2 or config.rotary_dim > config.head_dim
+        ),
+        f"{config.experts_per_token} experts per token of {config.num_experts}": (
+            config.experts_per_token > config.num_experts
+        ),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise CheckpointError(f"{where} does not fit together: {problem}.")
+
+
+def _vision_config(vision: _Section) -> VisionConfig:
+    # transformers leaves `hidden_act` out when it is quick_gelu, CLIP's own default: so it is
+    # required here, where only the released gelu is computed.
+    vision.need("hidden_act")
+    vision.expect("hidden_act", "gelu")
+    config = VisionConfig(
+        hidden_size=vision.need("hidden_size"),
+        intermediate_size=vision.need("intermediate_size"),
+        num_layers=vision.need("num_hidden_layers"),
+        num_heads=vision.need("num_attention_heads"),
+        patch_size=vision.need("patch_size"),
+        image_size=vision.need("image_size"),
+        layer_norm_eps=vision.get("layer_norm_eps", default=1e-5),
+    )
+    if config.image_size % config.patch_size:
+        raise CheckpointError(
+            f"{vision.path}: image_size {config.image_size} is no multiple of "
+            f"patch_size {config.patch_size}."
+        )
+    return config
+
+
+def _eos_token_ids(root: Path, config: _Section) -> tuple[int, ...]:
+    if (root / "generation_config.json").exists():
+        generation = _Section("generation_config.json", _read_json(root, "generation_config.json"))
+        ids = generation.get("eos_token_id")
+    else:
+        ids = None
+    if ids is None:
+        ids = config.section("text_config").need("eos_token_id")
+    return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def _pinpoints(config: _Section, preprocessor: _Section, tile: int) -> tuple[tuple[int, int], ...]:
+    pinpoints = preprocessor.get("image_grid_pinpoints")
+    in_config = config.get("image_grid_pinpoints")
+    if pinpoints is None and in_config is None:
+        raise CheckpointError(f"{preprocessor.path} lacks image_grid_pinpoints.")
+    pinpoints = [tuple(p) for p in pinpoints or in_config]
+    if in_config is not None and {tuple(p) for p in in_config} != set(pinpoints):
+        raise CheckpointError(
+            f"image_grid_pinpoints disagree: {len(pinpoints)} in {preprocessor.path}, "
+            f"{len(in_config)} in {config.path}. Copy one list into both files."
+        )
+    for pinpoint in pinpoints:
+        if len(pinpoint) != 2 or any(side <= 0 or side % tile for side in pinpoint):
+            raise CheckpointError(
+                f"{preprocessor.path}: pinpoint {list(pinpoint)} is no grid of {tile} px tiles."
+            )
+    return tuple(pinpoints)

@@ -1,0 +1,98 @@
+"""Device memory of one rank: the pools that its attention layers read and write in place.
+
+Which slot or block belongs to whom is decided elsewhere.
+Shapes: S slots, H heads, K and V head dimensions, B blocks, P positions of a block, G kv heads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from model.config import TextConfig
+from model.layers.ragged import BLOCK_TOKENS
+
+
+@dataclass(frozen=True)
+class SavedSequence:
+    """What a rank remembers of one sequence, on the host: layer index -> CPU tensors."""
+
+    states: dict[int, Tensor]  # fp32 [H, K, V]
+    keys: dict[int, Tensor]  # [B, P, G, K], the sequence's blocks in order
+    values: dict[int, Tensor]
+
+
+class LayerMemory:
+    """Lightning states and K/V blocks of the layers in `span` (global layer indices).
+
+    states: layer -> fp32 [slots, heads, head_dim, head_dim]; keys to values, as k^T v.
+    keys, values: layer -> [blocks, BLOCK_TOKENS, kv heads, head_dim].
+    """
+
+    def __init__(
+        self,
+        text: TextConfig,
+        span: range,
+        *,
+        slots: int,
+        blocks: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        state_shape, block_shape = _state_shape(text), _block_shape(text)
+        lightning, softmax = _split(text, span)
+        self.states = {
+            i: torch.zeros(slots, *state_shape, dtype=torch.float32, device=device)
+            for i in lightning
+        }
+        self.keys = {
+            i: torch.zeros(blocks, *block_shape, dtype=dtype, device=device) for i in softmax
+        }
+        self.values = {i: torch.zeros_like(keys) for i, keys in self.keys.items()}
+
+    def save(self, slot: int, blocks: Sequence[int]) -> SavedSequence:
+        """Copy a sequence's slot and blocks to the host, bit for bit."""
+        index = list(blocks)
+        return SavedSequence(
+            # clone(): on a CPU, .cpu() alone would alias the pool.
+            states={i: pool[slot].clone().cpu() for i, pool in self.states.items()},
+            keys={i: pool[index].cpu() for i, pool in self.keys.items()},
+            values={i: pool[index].cpu() for i, pool in self.values.items()},
+        )
+
+    def restore(self, slot: int, blocks: Sequence[int], saved: SavedSequence) -> None:
+        """Write a saved sequence into a slot and as many blocks as it had, which may be others."""
+        index = list(blocks)
+        for i, state in saved.states.items():
+            self.states[i][slot] = state.to(self.states[i].device)
+        for i, keys in saved.keys.items():
+            self.keys[i][index] = keys.to(self.keys[i].device)
+        for i, values in saved.values.items():
+            self.values[i][index] = values.to(self.values[i].device)
+
+
+def slot_bytes(text: TextConfig, span: range) -> int:
+    """Bytes of one lightning slot over the layers in `span`."""
+    lightning, _ = _split(text, span)
+    return len(lightning) * prod(_state_shape(text)) * torch.float32.itemsize
+
+
+def block_bytes(text: TextConfig, span: range, dtype: torch.dtype) -> int:
+    """Bytes of one K/V block, keys and values, over the layers in `span`."""
+    _, softmax = _split(text, span)
+    return len(softmax) * 2 * prod(_block_shape(text)) * dtype.itemsize
+
+
+def _split(text: TextConfig, span: range) -> tuple[list[int], list[int]]:
+    lightning = [i for i in span if text.layer_types[i] == "lightning"]
+    return lightning, [i for i in span if text.layer_types[i] == "softmax"]
+
+
+def _state_shape(text: TextConfig) -> tuple[int, ...]:
+    return text.num_heads, text.head_dim, text.head_dim
+
+
+def _block_shape(text: TextConfig) -> tuple[int, ...]:
+    return BLOCK_TOKENS, text.num_kv_heads, text.head_dim
