@@ -1,0 +1,253 @@
+"""Small random checkpoints in exactly the released layout, for tests and for the demo.
+
+    python -m model.nano.random_checkpoint DIR [--layers 8 --hidden-size 128 ...]
+
+They load through the same code as a real one; nothing elsewhere knows that they are random.
+"""
+
+import argparse
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import load_config
+from model.nano.tokenizer import END, IMAGE, write_tokenizer
+from model.weights.names import TensorEntry, checkpoint_tensors
+
+_CHUNK_ELEMENTS = 1 << 23  # random numbers drawn at a time: 32 MB in fp32
+
+_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+
+# The residual weighs the input 3.56 to 1. With plain 1/sqrt(fan-in) weights everywhere, the
+# next token would follow from the last one alone and greedy text would go round in circles: so
+# what each sub-layer writes back is made as large as what it adds to.
+_GAINS = {"out_proj.weight": 6.0, "o_proj.weight": 20.0, "w2.weight": 12.0, "linear_2.weight": 4.0}
+
+# How much larger than other logits the end of text may get: it then wins about once in 30 tokens.
+_END_GAIN = 1.7
+
+
+@dataclass(frozen=True)
+class NanoSizes:
+    """Sizes of a random checkpoint. The defaults run a photograph in seconds on two CPU cores."""
+
+    layers: int = 8
+    hidden_size: int = 128
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    experts: int = 8
+    experts_per_token: int = 2
+    intermediate_size: int = 256
+    vocab_size: int = 1024
+    vision_layers: int = 2
+    vision_hidden_size: int = 64
+    vision_heads: int = 2
+    vision_intermediate_size: int = 128
+    patch: int = 14
+    tile: int = 336
+
+
+def write_random_checkpoint(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    shards: int = 5,
+    pinpoints: list[tuple[int, int]] | None = None,
+    **sizes: int,
+) -> Path:
+    """Write a checkpoint of the given NanoSizes into the folder `path`, and return the folder.
+
+    Every 8th layer is softmax attention. Neighbouring tensors lie in different shards. Without
+    `pinpoints` it gets the 28 released grids, in tiles of its own size. Tensors are drawn and
+    written a piece at a time, so memory stays at some 100 MB however large the checkpoint is.
+    """
+    size = NanoSizes(**sizes)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    special_ids = write_tokenizer(folder, size.vocab_size)
+    grids = [list(p) for p in pinpoints or released_pinpoints(size.tile)]
+    _write_json(folder / "config.json", _config_json(size, special_ids[IMAGE], grids, dtype))
+    _write_json(folder / "preprocessor_config.json", _preprocessor_json(size, grids))
+    _write_json(folder / "generation_config.json", {"eos_token_id": special_ids[END]})
+    draw = _Draw(seed, special_ids, size.vocab_size)
+    _write_shards(folder, checkpoint_tensors(load_config(folder)), shards, dtype, draw)
+    return folder
+
+
+def released_pinpoints(tile: int = 336) -> list[tuple[int, int]]:
+    """The 28 grids (width, height) of the released checkpoint, in tiles of `tile` pixels."""
+    sides = range(1, 7)
+    grids = [(a, b) for a in sides for b in sides if min(a, b) <= 3] + [(4, 4)]
+    return [(a * tile, b * tile) for a, b in grids]
+
+
+class _Draw:
+    """Draws the values of tensors. They depend on the seed and the tensor's name alone."""
+
+    def __init__(self, seed: int, special_ids: dict[str, int], vocab_size: int) -> None:
+        self._seed = seed
+        self._end_id = special_ids[END]
+        wordless = set(range(min(special_ids.values()), vocab_size)) - {self._end_id}
+        self._wordless_ids = torch.tensor(sorted(wordless))
+
+    def pieces(self, entry: TensorEntry) -> Iterator[Tensor]:
+        """fp32 [rows, ...] pieces that make up the tensor."""
+        generator = torch.Generator().manual_seed(self._seed + zlib.crc32(entry.name.encode()))
+        step = max(1, _CHUNK_ELEMENTS // math.prod(entry.shape[1:]))
+        for start in range(0, entry.shape[0], step):
+            rows = min(step, entry.shape[0] - start)
+            values = torch.randn(rows, *entry.shape[1:], generator=generator)
+            values = self._scale(entry, values)
+            if entry.name.endswith("lm_head.weight"):
+                self._shape_ending(values, start)
+            yield values
+
+    @staticmethod
+    def _scale(entry: TensorEntry, values: Tensor) -> Tensor:
+        if entry.name.endswith("bias"):
+            return values.mul_(0.02)
+        if "norm" in entry.name:  # includes the released "pre_layrnorm"
+            return values.mul_(0.1).add_(1)
+        if ("embed" in entry.name and values.ndim < 4) or entry.name == "image_newline":
+            return values
+        gain = next((g for suffix, g in _GAINS.items() if entry.name.endswith(suffix)), 1.0)
+        return values.mul_(gain / math.sqrt(math.prod(entry.shape[1:])))
+
+    def _shape_ending(self, values: Tensor, start: int) -> None:
+        """Let text end now and then, and never hold tokens that stand for no text."""
+        rows = torch.arange(start, start + len(values))
+        values[rows == self._end_id] *= _END_GAIN
+        values[torch.isin(rows, self._wordless_ids)] = 0
+
+
+def _write_shards(
+    folder: Path, entries: list[TensorEntry], shards: int, dtype: str, draw: _Draw
+) -> None:
+    names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    for i, name in enumerate(names):
+        _write_shard(folder / name, entries[i::shards], dtype, draw)
+    total = sum(math.prod(e.shape) for e in entries) * getattr(torch, dtype).itemsize
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {entry.name: names[i % shards] for i, entry in enumerate(entries)},
+    }
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_shard(path: Path, entries: list[TensorEntry], dtype: str, draw: _Draw) -> None:
+    """One safetensors file, streamed: https://github.com/huggingface/safetensors#format."""
+    torch_dtype = getattr(torch, dtype)
+    header, end = {}, 0
+    for entry in entries:
+        start, end = end, end + math.prod(entry.shape) * torch_dtype.itemsize
+        header[entry.name] = {
+            "dtype": _DTYPES[dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for entry in entries:
+            for piece in draw.pieces(entry):
+                file.write(piece.to(torch_dtype).view(torch.uint8).numpy().data)
+
+
+def _config_json(size: NanoSizes, image_id: int, grids: list, dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["MiniMaxVL01ForConditionalGeneration"],
+        "model_type": "minimax_vl_01",
+        "torch_dtype": dtype,
+        "image_token_index": image_id,
+        "image_grid_pinpoints": grids,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "text_config": _text_json(size),
+        "vision_config": _vision_json(size),
+    }
+
+
+def _text_json(size: NanoSizes) -> dict[str, Any]:
+    residuals = {
+        f"layernorm_{part}_{weight}": value
+        for part in ("linear_attention", "full_attention", "mlp")
+        for weight, value in (("alpha", 3.5565588200778455), ("beta", 1.0))
+    }
+    return {
+        "model_type": "minimax_text_01",
+        "attn_type_list": [int((i + 1) % 8 == 0) for i in range(size.layers)],
+        "head_dim": size.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": size.hidden_size,
+        "intermediate_size": size.intermediate_size,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": size.heads,
+        "num_experts_per_tok": size.experts_per_token,
+        "num_hidden_layers": size.layers,
+        "num_key_value_heads": size.kv_heads,
+        "num_local_experts": size.experts,
+        "postnorm": True,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000000,
+        "rotary_dim": size.head_dim // 2,
+        "shared_intermediate_size": [0],
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": size.vocab_size,
+        **residuals,
+    }
+
+
+def _vision_json(size: NanoSizes) -> dict[str, Any]:
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_act": "gelu",
+        "hidden_size": size.vision_hidden_size,
+        "image_size": size.tile,
+        "intermediate_size": size.vision_intermediate_size,
+        "num_attention_heads": size.vision_heads,
+        "num_hidden_layers": size.vision_layers,
+        "patch_size": size.patch,
+        "projection_dim": size.hidden_size,
+        "vocab_size": 32000,
+    }
+
+
+def _preprocessor_json(size: NanoSizes, grids: list) -> dict[str, Any]:
+    return {
+        "image_grid_pinpoints": grids,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "size": {"height": size.tile, "width": size.tile},
+        "patch_size": size.patch,
+    }
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a small random VL-01 checkpoint.")
+    parser.add_argument("path", help="folder to write into")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shards", type=int, default=5)
+    parser.add_argument("--dtype", choices=list(_DTYPES), default="bfloat16")
+    for name, default in vars(NanoSizes()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    write_random_checkpoint(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The tokenizer of a random checkpoint: a real byte-level BPE, trained on the text below.
+
+Writes tokenizer.json and tokenizer_config.json, with a chat template that renders the released
+prompt. Not for real checkpoints, which bring their own.
+"""
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+BEGIN, END, IMAGE = "<beginning_of_sentence>", "<end_of_sentence>", "<image>"
+
+CHAT_TEMPLATE = """\
+{%- set headers = {'system': 'system ai_setting=assistant', 'user': 'user name=user',
+                   'assistant': 'ai name=assistant'} -%}
+{%- for message in messages -%}
+{{- '<beginning_of_sentence>' + headers[message['role']] + '\\n' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for item in message['content'] -%}
+{{- '<image>' if item['type'] == 'image' else item['text'] -}}
+{%- endfor -%}
+{%- endif -%}
+{{- '<end_of_sentence>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<beginning_of_sentence>' + headers['assistant'] + '\\n' -}}
+{%- endif -%}
+"""
+
+_TRAINING_TEXT = """\
+system ai_setting=assistant
+user name=user
+ai name=assistant
+You are a helpful assistant. Describe this image in one or two sentences. Write down all the text
+of this page, in reading order. Answer with a JSON object and nothing else.
+The photograph shows a small white boat on a calm lake under a cloudy sky, with green hills behind
+it and the light of the evening on the water. A woman in a red coat is walking her dog along the
+street, past a row of parked cars and a shop with flowers in its window. Two children are sitting at
+a wooden table with a bowl of fruit, a glass of milk and an open book. The cat is sleeping on a
+chair near the window, where the morning sun comes in. An old stone bridge crosses the river, and a
+train is passing over it. A man with a camera is standing in front of a large building made of glass
+and steel. The rocket stands on the launch pad, the sky is dark and the lights are on. Coffee in a
+white cup, seen from above, with a silver spoon on the saucer. The picture was taken at night; the
+stars are bright and there are no people. A page of printed text with a heading, three paragraphs
+and a table of numbers. Invoice number, date, total amount, name and address of the customer. The
+first column lists the items, the second column the price of each, and the last line gives the sum.
+In the background there are trees, a fence, some houses and a road. It looks quiet and warm. On the
+left side a sign says open, on the right side a bicycle is leaning against the wall. The flower is
+yellow, the leaf is green, the stone is grey and the brick is brown. Nothing else can be seen.
+0 1 2 3 4 5 6 7 8 9 10 11 12 20 30 50 100 200 500 1000 2024 2025 2026 . , ; : ! ? ( ) [ ] { } " '
+"""
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> dict[str, int]:
+    """Train on the built-in text, write the files, and return the ids of the special tokens.
+
+    They come after all others; ids from there up to `vocab_size` stand for nothing. Raises ValueError when `vocab_size` does not hold the 256 bytes and the special tokens.
+    """
+    specials = [BEGIN, END, IMAGE]
+    if vocab_size < 256 + len(specials):
+        raise ValueError(f"vocab_size {vocab_size}; expected {256 + len(specials)} or more")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(specials),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TRAINING_TEXT.splitlines(), trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BEGIN,
+        "eos_token": END,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    return {token: tokenizer.token_to_id(token) for token in specials}
