@@ -1,0 +1,220 @@
+"""Bytes of an image -> uint8 tiles, within limits of bytes, pixels and seconds. Knows no model.
+
+What is looked at is what a viewer shows: transparency is laid on white (the released processor
+drops alpha, which uncovers whatever colour lies beneath), 16-bit grey keeps its high byte (Pillow's
+`convert` would clip it to white), an animation is its first frame. CMYK and the other colour spaces
+go through Pillow's `convert("RGB")`. The name and extension of a file play no part.
+"""
+
+import io
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from model.inputs.tiling import Layout, Pinpoints, choose_layout, fitted_size
+from schemas.errors import Reason, RowError
+
+# Every format read here, by how its bytes begin. Pillow knows more; some run other programs (EPS).
+_SIGNATURES = (
+    ("JPEG", 0, (b"\xff\xd8\xff",)),
+    ("PNG", 0, (b"\x89PNG\r\n\x1a\n",)),
+    ("WEBP", 8, (b"WEBP",)),
+    ("GIF", 0, (b"GIF87a", b"GIF89a")),
+    ("TIFF", 0, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+    ("AVIF", 4, (b"ftypavif", b"ftypavis")),
+    ("JPEG2000", 0, (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")),
+    ("BMP", 0, (b"BM",)),
+)
+_ORIENTATION = 0x0112  # the EXIF tag
+_PILLOW_LIMIT = threading.Lock()
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """What one image may cost.
+
+    Decoding takes up to 10 bytes of memory a pixel (transparent images; 4 for a JPEG).
+    `seconds` of wall time are checked at every read of the data (64 KiB for JPEG and PNG) and
+    between the steps, in any thread and without signals. A codec that takes the data in one piece
+    (WebP, AVIF, compressed TIFF) is only noticed to be late once it returns; `max_pixels` bounds
+    it. Pillow refuses a TIFF of more than 178,956,970 pixels whatever `max_pixels` allows.
+    """
+
+    max_pixels: int = 100_000_000
+    max_bytes: int = 256 * 1024 * 1024
+    seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """An image as the vision tower takes it.
+
+    tiles: uint8 [layout.tiles, tile, tile, 3] RGB, the thumbnail first, then row by row.
+    width, height: pixels of the image that was tiled, after any rotation.
+    note: what was done to the image beyond decoding it, in words; empty when nothing was.
+    """
+
+    tiles: np.ndarray
+    width: int
+    height: int
+    layout: Layout
+    note: str = ""
+
+
+def prepare_image(
+    data: bytes,
+    pinpoints: Pinpoints,
+    tile: int = 336,
+    limits: DecodeLimits = DecodeLimits(),
+    exif_rotate: bool = False,
+    patch: int = 14,
+) -> Tiles:
+    """Decode an image and cut it into tiles, to the pixel as the released processor does.
+
+    Resizing is Pillow's own bicubic. `exif_rotate` turns the image upright as its EXIF says; the
+    released processor does not (but Pillow always turns a TIFF). Raises RowError: EMPTY_FILE,
+    TOO_MANY_BYTES, NOT_AN_IMAGE, TOO_MANY_PIXELS, DECODE_ERROR or TIMEOUT.
+    """
+    source = _DeadlineReader(data, limits)
+    image, note = _decode(source, limits, exif_rotate)
+    layout = choose_layout(image.width, image.height, pinpoints, tile, patch)
+    grid = (layout.columns * tile, layout.rows * tile)
+    tiles = np.empty((layout.tiles, tile, tile, 3), np.uint8)
+    source.check()
+    tiles[0] = _pixels(image.resize((tile, tile), Image.Resampling.BICUBIC))
+    source.check()
+    fitted = image.resize(fitted_size(*image.size, *grid), Image.Resampling.BICUBIC)
+    _cut(_pixels(fitted), layout, tiles[1:])
+    return Tiles(tiles, image.width, image.height, layout, note)
+
+
+def _cut(pixels_HWC: np.ndarray, layout: Layout, tiles_NTTC: np.ndarray) -> None:
+    """Centre the pixels on a black grid and write the grid's tiles, row by row."""
+    side = layout.tile
+    height, width = layout.rows * side, layout.columns * side
+    top, left = (height - pixels_HWC.shape[0]) // 2, (width - pixels_HWC.shape[1]) // 2
+    canvas = np.zeros((height, width, 3), np.uint8)
+    canvas[top : top + pixels_HWC.shape[0], left : left + pixels_HWC.shape[1]] = pixels_HWC
+    by_tile = canvas.reshape(layout.rows, side, layout.columns, side, 3).swapaxes(1, 2)
+    tiles_NTTC.reshape(by_tile.shape)[:] = by_tile
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """uint8 [height, width, 3], or [height, width, 1] of a grey image, which broadcasts to it."""
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+class _DeadlineReader(io.BytesIO):
+    """The data of an image, refused when it is too long and once its time is up."""
+
+    def __init__(self, data: bytes, limits: DecodeLimits) -> None:
+        if len(data) > limits.max_bytes:
+            raise RowError(
+                Reason.TOO_MANY_BYTES,
+                f"{len(data):,} bytes; expected at most {limits.max_bytes:,} (max_bytes)",
+            )
+        super().__init__(data)
+        self._seconds = limits.seconds
+        self._deadline = time.monotonic() + limits.seconds
+
+    def check(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise RowError(
+                Reason.TIMEOUT, f"not prepared within {self._seconds:g} seconds (time limit)"
+            )
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.check()
+        return super().read(size)
+
+
+def _decode(
+    source: _DeadlineReader, limits: DecodeLimits, exif_rotate: bool
+) -> tuple[Image.Image, str]:
+    """The image in mode RGB or L, and the note of what was done to it."""
+    name = _recognise(source.read(16))
+    try:
+        image = _open(source, name)
+        _check_pixels(image, limits)
+        notes = ["first frame of several"] if getattr(image, "is_animated", False) else []
+        image.load()
+        source.check()
+        if exif_rotate:
+            image, turned = _rotate(image)
+            notes += turned
+        image, flattened = _to_rgb(image)
+        notes += flattened
+    except RowError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise RowError(Reason.TOO_MANY_PIXELS, str(error)) from error
+    except Exception as error:  # whatever a decoder does on damaged data, it costs one row
+        damaged_header = isinstance(error, UnidentifiedImageError)
+        what = "its header is damaged" if damaged_header else str(error) or type(error).__name__
+        raise RowError(Reason.DECODE_ERROR, f"cannot decode this {name}: {what}") from error
+    return image, "; ".join(notes)
+
+
+def _recognise(start: bytes) -> str:
+    if not start:
+        raise RowError(Reason.EMPTY_FILE, "0 bytes; expected an image")
+    for name, offset, signatures in _SIGNATURES:
+        if start[offset:].startswith(signatures):
+            return name
+    known = ", ".join(name for name, _, _ in _SIGNATURES)
+    raise RowError(Reason.NOT_AN_IMAGE, f"the data starts with {start!r}; expected {known}")
+
+
+def _open(source: _DeadlineReader, name: str) -> Image.Image:
+    """Read the header. Pillow's own limit of pixels is off meanwhile: ours is checked next."""
+    with _PILLOW_LIMIT:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(source, formats=(name,))
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _check_pixels(image: Image.Image, limits: DecodeLimits) -> None:
+    if image.width * image.height > limits.max_pixels:
+        raise RowError(
+            Reason.TOO_MANY_PIXELS,
+            f"{image.width} x {image.height} is {image.width * image.height:,} pixels; "
+            f"expected at most {limits.max_pixels:,} (max_pixels)",
+        )
+
+
+def _rotate(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    if orientation not in range(2, 9):
+        return image, []
+    return ImageOps.exif_transpose(image), [f"turned upright from EXIF orientation {orientation}"]
+
+
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """In mode RGB, or L if it is grey: resized as one channel it gives the same pixels sooner."""
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            "its pixels are 32-bit numbers without a known white; expected 8 or 16 bits"
+        )
+    if image.mode.startswith("I;16"):
+        high_byte = np.asarray(image) >> 8
+        return Image.fromarray(high_byte.astype(np.uint8)), ["16-bit grey reduced to 8 bits"]
+    if image.has_transparency_data:
+        return _flatten(image.convert("RGBA"))
+    if image.mode in ("RGB", "L"):
+        return image, []
+    return image.convert("L" if image.mode == "1" else "RGB"), []
+
+
+def _flatten(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    alpha = image.getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return image.convert("RGB"), []
+    flat = Image.new("RGB", image.size, "white")
+    flat.paste(image, mask=alpha)
+    return flat, ["transparency laid on white"]

@@ -1,0 +1,95 @@
+"""Text <-> token ids by the checkpoint's own tokenizer and chat template. Knows no torch.
+
+Reads local files only and never runs a checkpoint's code; transformers renders the template in a
+sandbox.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from model.config import load_config
+from model.inputs.prompt import PromptTemplate
+from schemas.errors import CheckpointError, ConfigError
+
+
+class Tokenizer:
+    """The tokenizer of one checkpoint; `image_token_id` stands where the image goes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_token_id: int, path: Path) -> None:
+        self._tokenizer = tokenizer
+        self._image_token_id = image_token_id
+        self._path = path
+        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._reserved_ids = special | {image_token_id}
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> "Tokenizer":
+        """Read tokenizer.json, tokenizer_config.json and the chat template beside them.
+
+        Raises CheckpointError when one is missing or damaged.
+        """
+        path = Path(path)
+        image_token_id = load_config(path).image_token_id
+        if not (path / "tokenizer.json").is_file():
+            raise CheckpointError(f"{path} has no tokenizer.json; expected the checkpoint's own.")
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise CheckpointError(f"{path}: its tokenizer does not load: {error}") from error
+        if not isinstance(tokenizer.chat_template, str):
+            raise CheckpointError(
+                f"{path} has no chat template; expected `chat_template` in tokenizer_config.json "
+                "or a file chat_template.jinja."
+            )
+        return cls(tokenizer, image_token_id, path)
+
+    def prompt_template(self, text: str, system: str | None = None) -> PromptTemplate:
+        """The prompt that asks `text` of one image, rendered by the checkpoint's chat template.
+
+        Raises ConfigError when `text` or `system` holds a special token, which would change what
+        the model takes for the image or for the end of a turn; CheckpointError when the template
+        cannot be rendered or does not place exactly one image.
+        """
+        for given in filter(None, (text, system)):
+            self._refuse_special_tokens(given)
+        ids = self._render(text, system)
+        images = ids.count(self._image_token_id)
+        if images != 1:
+            raise CheckpointError(
+                f"{self._path}: the chat template renders {images} image tokens "
+                f"(id {self._image_token_id}) for a message with one image; expected 1."
+            )
+        at = ids.index(self._image_token_id)
+        return PromptTemplate(tuple(ids[:at]), tuple(ids[at + 1 :]), self._image_token_id)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` without special tokens; a character cut short shows as U+FFFD."""
+        return self._tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _render(self, text: str, system: str | None) -> list[int]:
+        content = [{"type": "image", "image": "placeholder"}, {"type": "text", "text": text}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+        try:
+            prompt = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program; it may raise anything
+            raise CheckpointError(f"{self._path}: its chat template fails: {error}") from error
+        return self._encode(str(prompt))
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _refuse_special_tokens(self, text: str) -> None:
+        for token_id in self._encode(text):
+            if token_id in self._reserved_ids:
+                token = self._tokenizer.convert_ids_to_tokens(token_id)
+                raise ConfigError(
+                    f"The prompt contains {token!r}, a special token of this checkpoint; "
+                    "write it in another way (the image is placed by itself)."
+                )
