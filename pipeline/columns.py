@@ -1,0 +1,78 @@
+"""Which columns of a Parquet file are used: the image column, and the columns that are kept."""
+
+import pyarrow as pa
+import pyarrow.types as t
+
+from schemas.errors import ConfigError
+from schemas.rows import GENERATED, INPUT, OUTPUT, PREPARED
+
+_IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes")
+_OWN_NAMES = {*INPUT.names, *PREPARED.names, *GENERATED.names, *OUTPUT.names}
+
+
+def is_image_type(type_: pa.DataType) -> bool:
+    """Encoded bytes, or the struct of Hugging Face datasets: {bytes, path}."""
+    if t.is_struct(type_):
+        index = type_.get_field_index("bytes")
+        return index >= 0 and is_image_type(type_.field(index).type)
+    return t.is_binary(type_) or t.is_large_binary(type_) or t.is_binary_view(type_)
+
+
+def find_image_column(schema: pa.Schema, wanted: str | None) -> str | None:
+    """The column `wanted`; if none is, one with a usual name, or the only one that could be.
+
+    None when there is no such column, or it cannot hold encoded images.
+    """
+    able = [field.name for field in schema if is_image_type(field.type)]
+    if wanted is not None:
+        return wanted if wanted in able else None
+    for usual in _IMAGE_NAMES:
+        for name in able:
+            if name.lower() == usual:
+                return name
+    return able[0] if len(able) == 1 else None
+
+
+def no_image_column(schema: pa.Schema, wanted: str | None) -> str:
+    """Why `find_image_column` gave None, for a user."""
+    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    looked_for = f"image column {wanted!r}" if wanted else "image column"
+    return f"no {looked_for} of type binary or struct<bytes, path> among its columns: {columns}"
+
+
+class KeptColumns:
+    """The schema of the columns to keep, put together from the files that have them.
+
+    Raises ConfigError: a name that the output uses itself, types that differ, a name nobody has.
+    """
+
+    def __init__(self, keep: tuple[str, ...]) -> None:
+        self.keep = keep
+        self._found: dict[str, tuple[pa.DataType, str]] = {}
+        if clash := [name for name in keep if name in _OWN_NAMES]:
+            raise ConfigError(f"cannot keep {', '.join(clash)}: the output uses that name itself")
+
+    def add(self, schema: pa.Schema, file: str) -> None:
+        for name in self.keep:
+            if (index := schema.get_field_index(name)) < 0:
+                continue
+            type_ = plain_type(schema.field(index).type)
+            known, known_file = self._found.get(name, (pa.null(), file))
+            if t.is_null(known):
+                self._found[name] = type_, file
+            elif not t.is_null(type_) and type_ != known:
+                raise ConfigError(
+                    f"cannot keep {name}: it is {known} in {known_file} and {type_} in {file}"
+                )
+
+    def schema(self) -> pa.Schema:
+        if missing := [name for name in self.keep if name not in self._found]:
+            raise ConfigError(
+                f"cannot keep {', '.join(missing)}: no Parquet file has such a column"
+            )
+        return pa.schema([(name, self._found[name][0]) for name in self.keep])
+
+
+def plain_type(type_: pa.DataType) -> pa.DataType:
+    """Of a dictionary its values: every file has another dictionary."""
+    return type_.value_type if t.is_dictionary(type_) else type_

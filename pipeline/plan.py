@@ -1,0 +1,172 @@
+"""Cuts a source into units: image files in groups, a tar whole, a Parquet file at its row groups.
+
+One pass, in the order of the names. Opens nothing but the footers of Parquet files.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.columns import KeptColumns, find_image_column, no_image_column
+from pipeline.sources import Source, kind_of
+from pipeline.storage import PatientFile
+from schemas.errors import ConfigError
+from schemas.ledger import PLAN, Unit, UnitKind
+
+_FOOTER_THREADS = 32
+_FOOTERS_AHEAD = 256
+
+
+class _Slice(NamedTuple):
+    """A unit that has no number yet."""
+
+    kind: UnitKind
+    names: tuple[str, ...]
+    first_row: int = 0
+    rows: int | None = None
+
+
+class _Footer(NamedTuple):
+    """What planning needs of a Parquet file; `problem` says why it has no rows to plan."""
+
+    schema: pa.Schema | None
+    group_rows: list[int]
+    problem: str | None = None
+
+
+class Plan:
+    """The units of a source, and the schema of the kept columns, in one pass over both."""
+
+    def __init__(
+        self,
+        source: Source,
+        unit_rows: int,
+        image_column: str | None = None,
+        keep: tuple[str, ...] = (),
+    ) -> None:
+        self._source = source
+        self._unit_rows = unit_rows
+        self._image_column = image_column
+        self._kept = KeptColumns(keep)
+        self._problem: str | None = None  # of the first Parquet file that has one
+        self._usable = False
+
+    def units(self) -> Iterator[Unit]:
+        """Streams them; a Parquet file that cannot be used is a unit too, of one failed row.
+
+        Raises ConfigError when nothing at all can be used, or a column cannot be kept.
+        """
+        for number, slice_ in enumerate(self._slices()):
+            yield Unit(number, *slice_)
+        if not self._usable and self._problem:
+            raise ConfigError(self._problem)
+
+    def kept(self) -> pa.Schema:
+        """The columns to carry over; known once `units` has run out. Raises ConfigError."""
+        return self._kept.schema()
+
+    def _slices(self) -> Iterator[_Slice]:
+        images: list[str] = []
+        parquets: list[str] = []
+        with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+            for name in self._source.names():
+                kind = kind_of(name)
+                if kind is UnitKind.PARQUET:
+                    parquets.append(name)
+                    if len(parquets) == _FOOTERS_AHEAD:
+                        yield from self._parquet_slices(pool, parquets)
+                        parquets = []
+                    continue
+                self._usable = True
+                if kind is UnitKind.TAR:
+                    yield _Slice(UnitKind.TAR, (name,))
+                    continue
+                images.append(name)
+                if len(images) == self._unit_rows:
+                    yield _Slice(UnitKind.IMAGES, tuple(images), 0, len(images))
+                    images = []
+            if images:
+                yield _Slice(UnitKind.IMAGES, tuple(images), 0, len(images))
+            yield from self._parquet_slices(pool, parquets)
+
+    def _parquet_slices(self, pool: ThreadPoolExecutor, names: list[str]) -> Iterator[_Slice]:
+        for name, footer in zip(names, pool.map(self._footer, names), strict=True):
+            if footer.schema is not None:
+                self._kept.add(footer.schema, name)
+            if footer.problem:
+                self._problem = (
+                    self._problem or f"{self._source.full_address(name)}: {footer.problem}"
+                )
+                yield _Slice(UnitKind.PARQUET, (name,))
+                continue
+            self._usable = True
+            for first_row, rows in cut(footer.group_rows, self._unit_rows):
+                yield _Slice(UnitKind.PARQUET, (name,), first_row, rows)
+
+    def _footer(self, name: str) -> _Footer:
+        try:
+            with PatientFile(self._source.fs, self._source.path(name), cache_type="none") as file:
+                metadata = pq.ParquetFile(file).metadata
+                schema = metadata.schema.to_arrow_schema()
+        except Exception as error:  # the storage's errors and the parser's are of many classes
+            return _Footer(None, [], f"cannot be read as Parquet: {error}")
+        if find_image_column(schema, self._image_column) is None:
+            return _Footer(schema, [], no_image_column(schema, self._image_column))
+        if metadata.num_rows == 0:
+            return _Footer(schema, [], "holds no rows")
+        groups = range(metadata.num_row_groups)
+        return _Footer(schema, [metadata.row_group(group).num_rows for group in groups])
+
+
+def cut(group_rows: list[int], unit_rows: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of units of about `unit_rows` rows, cut between row groups only.
+
+    A row group is never cut: to read its second half, its first has to be read and dropped.
+    """
+    first, rows = 0, 0
+    for group in group_rows:
+        if rows and rows + group > unit_rows * 3 // 2:
+            yield first, rows
+            first, rows = first + rows, 0
+        rows += group
+        if rows >= unit_rows:
+            yield first, rows
+            first, rows = first + rows, 0
+    if rows:
+        yield first, rows
+
+
+def row_id(name: str, member: str | None = None, page: int | None = None) -> str:
+    """32 hex characters that depend on the names below the source's root alone, so the same
+    data set has the same ids, and therefore the same texts, on a disk and in a bucket."""
+    key = json.dumps([name, member, page], ensure_ascii=False)
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def planned_row_ids(unit: Unit) -> list[str] | None:
+    """The ids of the rows a unit must become; None where it must be read to know."""
+    if unit.rows is None:
+        return None
+    if unit.kind is UnitKind.IMAGES:
+        return [row_id(name) for name in unit.names]
+    rows = range(unit.first_row, unit.first_row + unit.rows)
+    return [row_id(unit.names[0], str(row)) for row in rows]
+
+
+def plan_table(units: Iterable[Unit]) -> pa.Table:
+    """Units as rows in the PLAN schema."""
+    rows = [(u.number, u.kind, u.names, u.first_row, u.rows) for u in units]
+    return pa.Table.from_pylist([dict(zip(PLAN.names, row, strict=True)) for row in rows], PLAN)
+
+
+def units_of(table: pa.Table) -> Iterator[Unit]:
+    """The units that `plan_table` made a table of."""
+    for row in table.to_pylist():
+        yield Unit(
+            row["unit"], UnitKind(row["kind"]), tuple(row["names"]), row["first_row"], row["rows"]
+        )

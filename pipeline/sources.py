@@ -1,0 +1,125 @@
+"""What SOURCE means: the image files, tar shards and Parquet files behind an address, in one order.
+
+Lists names only. What is inside a file is for plan.py and read.py.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fsspec import AbstractFileSystem
+from fsspec.utils import glob_translate
+
+from pipeline.storage import full_address, list_names, open_fs
+from schemas.errors import ConfigError
+from schemas.ledger import UnitKind
+
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_KINDS = dict.fromkeys(_IMAGE_SUFFIXES, UnitKind.IMAGES) | {
+    "tar": UnitKind.TAR,
+    "parquet": UnitKind.PARQUET,
+}
+READABLE = ", ".join("." + suffix for suffix in _KINDS)
+_MAGIC = re.compile(r"[*?\[]")
+_OUR_PART = re.compile(r"part-\d{9}\.parquet")
+
+
+def kind_of(name: str) -> UnitKind | None:
+    """What a file is by its name, whatever the case; None for what is not read."""
+    return _KINDS.get(name.rpartition(".")[2].lower()) if "." in name else None
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file, or a folder above it, starts with a dot: `.cache/`, macOS's `._a.jpg`."""
+    return name.startswith(".") or "/." in name
+
+
+@dataclass(frozen=True)
+class Source:
+    """An address that was opened. Small and picklable: readers get it as it is.
+
+    root: the folder that names are relative to. only: the name, when SOURCE is a single file.
+    pattern: the glob, relative to the root, that names must match.
+    """
+
+    address: str
+    fs: AbstractFileSystem
+    root: str
+    only: str | None = None
+    pattern: str | None = None
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def full_address(self, name: str) -> str:
+        """What goes into the `source` column."""
+        return full_address(self.fs, self.path(name))
+
+    def names(self) -> Iterator[str]:
+        """Everything to read, in the byte order of the names. Raises ConfigError.
+
+        Hidden files are left out, and so are the parts of datasets that `vl01` wrote: an output
+        inside of its source must not be read as another source.
+        """
+        if self.only:
+            yield self.only
+            return
+        pattern = re.compile(glob_translate(self.pattern)) if self.pattern else None
+        for name in self._listed():
+            if kind_of(name) and (pattern is None or pattern.match(name)):
+                yield name
+
+    def _listed(self) -> Iterator[str]:
+        ours = set()
+        try:
+            for name in list_names(self.fs, self.root, self._enter):
+                folder, _, base = name.rpartition("/")
+                if "_vl01/" in name:
+                    ours.add(name[: name.index("_vl01/")].rstrip("/"))
+                elif not is_hidden(name) and not (folder in ours and _OUR_PART.fullmatch(base)):
+                    yield name
+        except OSError as error:
+            raise ConfigError(f"cannot list {self.address}: {error}") from error
+
+    def _enter(self, folder: str) -> bool:
+        if is_hidden(folder) or folder.rpartition("/")[2] == "_vl01":
+            return False
+        if self.pattern is None or "**" in self.pattern:
+            return True
+        return folder.count("/") < self.pattern.count("/")
+
+
+def open_source(address: str, endpoint_url: str | None = None) -> Source:
+    """A folder, a glob, or one file, at any fsspec address.
+
+    Raises ConfigError when it is not there, cannot be read, or holds nothing that is read here;
+    looks no further than the first file that is.
+    """
+    fs, path = open_fs(address, endpoint_url)
+    source = _find(address, fs, path)
+    if next(source.names(), None) is None:
+        raise ConfigError(f"nothing to read in {address}; expected files ending in {READABLE}")
+    return source
+
+
+def _find(address: str, fs: AbstractFileSystem, path: str) -> Source:
+    try:
+        if fs.isdir(path):
+            return Source(address, fs, path)
+        if fs.isfile(path):
+            folder, _, name = path.rpartition("/")
+            if kind_of(name) is None:
+                raise ConfigError(f"cannot read {address}; expected a file ending in {READABLE}")
+            return Source(address, fs, folder, only=name)
+        # Only now: brackets and question marks are allowed in the name of a file.
+        if magic := _MAGIC.search(path):
+            root, _, _ = path[: magic.start()].rpartition("/")
+            if fs.isdir(root or "/"):
+                return Source(address, fs, root, pattern=path[len(root) + 1 :])
+    except ConfigError:
+        raise
+    except Exception as error:  # storage clients raise far more than OSError
+        raise ConfigError(f"cannot read {address}: {error}") from error
+    raise ConfigError(
+        f"{address} does not exist; expected a folder, a glob, a .tar, a .parquet or an image"
+    )

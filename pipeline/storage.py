@@ -1,0 +1,242 @@
+"""The door to storage: any fsspec address, listings in one order, patient reads, whole writes.
+
+Knows nothing of images, units or ledgers.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import get_protocol
+
+from schemas.errors import ConfigError
+
+T = TypeVar("T")
+
+ATTEMPTS = 4
+FIRST_WAIT_S = 0.5  # doubled after every attempt: 3.5 s in all
+_S3 = ("s3", "s3a")
+
+
+def open_fs(address: str, endpoint_url: str | None = None) -> tuple[AbstractFileSystem, str]:
+    """The file system of an address and the path on it. Raises ConfigError.
+
+    endpoint_url: an S3 server other than AWS's own; other file systems do not look at it.
+    """
+    protocol = get_protocol(address)
+    # Listings are never cached: what other processes write must be seen.
+    options: dict[str, Any] = {"use_listings_cache": False} if protocol in _S3 else {}
+    if protocol in _S3 and endpoint_url:
+        options["endpoint_url"] = endpoint_url
+    try:
+        fs, path = url_to_fs(address, **options)
+    except ImportError as error:
+        extra = " (pip install 'vl01-batch[s3]')" if protocol in _S3 else ""
+        raise ConfigError(f"cannot open {address}: {error}{extra}") from error
+    except ValueError as error:
+        raise ConfigError(f"cannot open {address}: {error}") from error
+    return fs, os.path.normpath(path) if is_local(fs) else path.rstrip("/")
+
+
+def is_local(fs: AbstractFileSystem) -> bool:
+    return isinstance(fs, LocalFileSystem)
+
+
+def full_address(fs: AbstractFileSystem, path: str) -> str:
+    """What a user would type: a plain path on this machine, protocol://path elsewhere."""
+    return path if is_local(fs) else str(fs.unstrip_protocol(path))
+
+
+# Listing
+
+
+def list_names(
+    fs: AbstractFileSystem, root: str, enter: Callable[[str], bool] = lambda _: True
+) -> Iterator[str]:
+    """Every file under `root`, relative to it, in the byte order of whole names, as S3 lists.
+
+    enter: whether to look into a folder; one that is not entered is yielded as `name/`. S3, which
+    has no folders, ignores it. Holds the names of one folder (of one page on S3). Raises OSError.
+    """
+    if "s3" in fs.protocol:
+        return _list_s3(fs, root)
+    entries = _local_entries if is_local(fs) else _entries
+    return _walk(lambda folder: entries(fs, f"{root}/{folder}".rstrip("/")), "", enter)
+
+
+def _walk(
+    entries: Callable[[str], Iterator[tuple[str, bool]]], folder: str, enter: Callable[[str], bool]
+) -> Iterator[str]:
+    for name in sorted(name + "/" if is_folder else name for name, is_folder in entries(folder)):
+        if name.endswith("/") and enter(folder + name[:-1]):
+            yield from _walk(entries, folder + name, enter)
+        else:
+            yield folder + name
+
+
+def _local_entries(_fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, bool]]:
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                if not (entry.is_symlink() and _is_above(entry.path, path)):
+                    yield as_text(entry.name), True
+            elif entry.is_file() or entry.is_symlink():  # a broken link is a file that is gone
+                yield as_text(entry.name), False
+
+
+def as_text(name: str) -> str:
+    """A name that Arrow can hold. One that is not UTF-8 changes, so its file will not be found."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _is_above(link: str, path: str) -> bool:
+    """Whether a link leads back to a folder on the way to itself: following it would not end."""
+    target = os.path.realpath(link)
+    return os.path.commonpath([target, os.path.realpath(path)]) == target
+
+
+def _entries(fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, bool]]:
+    for info in fs.ls(path, detail=True):
+        name = info["name"].rstrip("/").rpartition("/")[2]
+        yield name, info["type"] == "directory"
+
+
+def _list_s3(fs: Any, root: str) -> Iterator[str]:
+    """Pages of the flat listing: s3fs's own listing holds a dict for each of a million objects."""
+    bucket, key, _ = fs.split_path(root)
+    prefix = f"{key}/" if key else ""
+    request = {"Bucket": bucket, "Prefix": prefix}
+    while True:
+        page = fs.call_s3("list_objects_v2", **request)
+        for item in page.get("Contents", []):
+            if not item["Key"].endswith("/"):  # a marker of an empty folder
+                yield item["Key"][len(prefix) :]
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+# Reading
+
+
+def patiently(operation: Callable[[], T]) -> T:
+    """What `operation` returns, tried again when storage fails. Raises its last error.
+
+    A file that is not there or not ours to read will not be so a second later either.
+    """
+    for attempt in count(1):
+        try:
+            return operation()
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
+            raise
+        except Exception:  # storage clients raise far more than OSError
+            if attempt == ATTEMPTS:
+                raise
+            time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
+    raise AssertionError("unreachable")
+
+
+class PatientFile:
+    """A file read as a stream or at places, each read tried again on a freshly opened file.
+
+    `failure` is the error that made a read give up: it tells a broken storage from a broken file
+    once a parser has wrapped the error in its own.
+    """
+
+    def __init__(self, fs: AbstractFileSystem, path: str, **options: Any) -> None:
+        self.failure: Exception | None = None
+        self.closed = False
+        self._open = lambda: fs.open(path, "rb", **options)
+        self._position = 0
+        self._file: Any = patiently(self._open)
+        self.size = int(self._file.size)
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            data = patiently(lambda: self._read(size))
+        except Exception as error:
+            self.failure = error
+            raise
+        self._position += len(data)
+        return data
+
+    def _read(self, size: int) -> bytes:
+        try:
+            if self._file is None:
+                self._file = self._open()
+            self._file.seek(self._position)
+            return self._file.read(size)
+        except Exception:
+            self._file = None
+            raise
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return True
+
+    def flush(self) -> None:
+        """Nothing to flush; pyarrow asks."""
+
+    def close(self) -> None:
+        self.closed = True
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> "PatientFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# Writing
+
+
+def write_whole(fs: AbstractFileSystem, path: str, data: bytes, scratch: str) -> None:
+    """A file that is there whole or not at all, also when the process or the machine dies.
+
+    scratch: a folder on the same disk for the unfinished file; object stores need none, since
+    their one PUT is atomic. Raises OSError.
+    """
+    if not is_local(fs):
+        patiently(lambda: fs.pipe_file(path, data))
+        return
+    unfinished = Path(scratch) / f"{os.getpid()}-{Path(path).name}"
+    with open(unfinished, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    put_in_place(fs, unfinished, path)
+
+
+def put_in_place(fs: AbstractFileSystem, unfinished: Path, path: str) -> None:
+    """Gives a finished file of this machine its name; on this disk it must be there already."""
+    if not is_local(fs):
+        patiently(lambda: fs.put_file(str(unfinished), path))
+        unfinished.unlink()
+        return
+    os.replace(unfinished, path)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name itself must survive a power cut
+    finally:
+        os.close(folder)

@@ -1,0 +1,140 @@
+"""Every file of a source is found once, in one order, wherever it is."""
+
+import os
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from pipeline import sources
+from pipeline.sources import open_source
+from schemas.errors import ConfigError
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def names(address: object) -> list[str]:
+    return list(open_source(str(address)).names())
+
+
+def test_files_in_folders_and_in_upper_case_are_not_missed(tmp_path):
+    images = ["b.JPG", "a/c.jpeg", "a/d/e.Png", "f.webp", "g.GIF", "h.bmp", "i.tif", "j.TIFF"]
+    touch(tmp_path, *images, "k.tar", "l.parquet", "notes.txt", "README", "m.tar.gz")
+    assert names(tmp_path) == sorted([*images, "k.tar", "l.parquet"])
+
+
+def test_the_order_does_not_depend_on_how_a_storage_lists_folders(tmp_path):
+    files = ["a.jpg", "a/b.jpg", "a-b.jpg", "a0.jpg", "ä.jpg", "a/ü/z.png", "B.jpg"]
+    touch(tmp_path, *files)
+    memory = fsspec.filesystem("memory")
+    for file in files:
+        memory.pipe_file(f"/order/{file}", b"x")
+    expected = sorted(files, key=lambda name: name.encode())
+    assert names(tmp_path) == expected
+    assert names("memory://order") == expected
+
+
+def test_hidden_files_are_not_taken_for_images(tmp_path):
+    touch(tmp_path, "a.jpg", ".b.jpg", "._a.jpg", ".cache/c.jpg", "d/.e/f.jpg")
+    assert names(tmp_path) == ["a.jpg"]
+
+
+def test_an_output_inside_of_its_source_is_not_read_again(tmp_path):
+    touch(tmp_path, "a.jpg", "out/_vl01/job.json", "out/part-000000000.parquet", "out/b.jpg")
+    touch(tmp_path, "out/a/_vl01/job.json", "other/part-000000000.parquet")
+    assert names(tmp_path) == ["a.jpg", "other/part-000000000.parquet", "out/b.jpg"]
+
+
+def test_a_link_back_to_its_own_folder_does_not_loop(tmp_path):
+    touch(tmp_path / "data", "a.jpg", "sub/b.jpg")
+    touch(tmp_path / "elsewhere", "c.jpg")
+    os.symlink(tmp_path / "data", tmp_path / "data/sub/loop")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "data/link")
+    os.symlink(tmp_path / "gone", tmp_path / "data/broken.jpg")
+    assert names(tmp_path / "data") == ["a.jpg", "broken.jpg", "link/c.jpg", "sub/b.jpg"]
+
+
+def test_a_name_that_is_not_utf8_does_not_stop_the_listing(tmp_path):
+    touch(tmp_path, "a.jpg")
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb"):
+        pass
+    assert names(tmp_path) == ["a.jpg", "caf\\xe9.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.jpg", ["a.jpg", "b1.jpg"]),
+        ("b?.jpg", ["b1.jpg"]),
+        ("[ab]*", ["a.jpg", "b1.jpg"]),
+        ("*/*.jpg", ["d/c.jpg"]),
+        ("d/*", ["d/c.jpg"]),
+        ("**/*.jpg", ["a.jpg", "b1.jpg", "d/c.jpg", "d/e/f.jpg"]),
+    ],
+)
+def test_a_glob_matches_what_a_shell_would(tmp_path, pattern, expected):
+    touch(tmp_path, "a.jpg", "b1.jpg", "d/c.jpg", "d/e/f.jpg", "a.txt")
+    source = open_source(f"{tmp_path}/{pattern}")
+    found = [os.path.relpath(source.path(name), tmp_path) for name in source.names()]
+    assert found == expected
+
+
+def test_brackets_in_a_real_name_are_not_a_glob(tmp_path):
+    touch(tmp_path, "scans [2020]/a?.jpg")
+    assert names(tmp_path / "scans [2020]") == ["a?.jpg"]
+    assert names(tmp_path / "scans [2020]/a?.jpg") == ["a?.jpg"]
+
+
+def test_one_file_has_the_name_it_has_in_its_folder(tmp_path):
+    touch(tmp_path, "a.jpg", "b.tar")
+    assert names(tmp_path / "a.jpg") == ["a.jpg"]
+    assert names(f"file://{tmp_path}/b.tar") == ["b.tar"]
+
+
+def test_the_source_column_is_an_address_one_can_open(tmp_path):
+    touch(tmp_path, "a b#.jpg")
+    fsspec.filesystem("memory").pipe_file("/addresses/a.jpg", b"x")
+    assert open_source(str(tmp_path)).full_address("a b#.jpg") == str(tmp_path / "a b#.jpg")
+    assert open_source("memory://addresses").full_address("a.jpg") == "memory:///addresses/a.jpg"
+
+
+def test_a_relative_folder_is_read_from_where_it_was_named(tmp_path, monkeypatch):
+    touch(tmp_path, "data/a.jpg")
+    monkeypatch.chdir(tmp_path)
+    source = open_source("./data/")
+    monkeypatch.chdir("/")
+    assert list(source.names()) == ["a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("{tmp}/nowhere", "does not exist"),
+        ("{tmp}/nowhere/*.jpg", "does not exist"),
+        ("{tmp}/*.png", "nothing to read"),
+        ("{tmp}/empty", "nothing to read"),
+        ("{tmp}/notes.txt", "expected a file ending in .jpg"),
+        ("nope://x/y", "Protocol not known"),
+    ],
+)
+def test_a_wrong_address_is_one_clear_line(tmp_path, address, message):
+    touch(tmp_path, "notes.txt", "a.jpg")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=message) as error:
+        open_source(address.format(tmp=tmp_path))
+    assert "\n" not in str(error.value)
+    assert address.format(tmp=tmp_path) in str(error.value)
+
+
+def test_opening_a_big_folder_does_not_list_it_all(monkeypatch, tmp_path):
+    def endless(*_):
+        yield "a.jpg"
+        raise AssertionError("listed on after the first file")
+
+    monkeypatch.setattr(sources, "list_names", endless)
+    open_source(str(tmp_path))
