@@ -1,0 +1,96 @@
+"""The prepare stage: INPUT rows to PREPARED rows, encoded images to tiles and token ids.
+
+Runs in CPU actors; knows the model's pixels and prompt, but neither its weights nor torch.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from model.inputs.images import DecodeLimits, prepare_image
+from model.inputs.prompt import PromptTemplate
+from model.inputs.tiling import Pinpoints
+from pipeline.tables import add_columns
+from schemas.errors import RowError
+from schemas.rows import PREPARED, with_kept
+
+# Tiles that leave a worker together. 16 pages are 100 MB; larger blocks make Ray spill to disk.
+BLOCK_BYTES = 32 * 1024**2
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """All a CPU worker needs to know of the job and the checkpoint."""
+
+    template: PromptTemplate
+    pinpoints: Pinpoints
+    tile: int
+    patch: int
+    limits: DecodeLimits
+    exif_rotate: bool
+    kept: pa.Schema
+
+
+class Prepare:
+    """Turns tables of INPUT rows into tables of PREPARED rows, one row for each, in order."""
+
+    def __init__(self, settings: PrepareSettings) -> None:
+        self.settings = settings
+        self.schema = with_kept(PREPARED, settings.kept)
+
+    def __call__(self, inputs: pa.Table) -> Iterator[pa.Table]:
+        first, rows, held = 0, [], 0
+        for data, reason, message in zip(
+            inputs["data"], inputs["reason"].to_pylist(), inputs["message"].to_pylist(), strict=True
+        ):
+            failed = {"reason": reason, "message": message} if reason is not None else None
+            rows.append(failed or self._prepare(data.as_buffer()))
+            held += rows[-1].get("pixels", _NO_PIXELS).size
+            if held >= BLOCK_BYTES:
+                yield self._table(inputs.slice(first, len(rows)), rows)
+                first, rows, held = first + len(rows), [], 0
+        if rows:
+            yield self._table(inputs.slice(first), rows)
+
+    def _prepare(self, image: pa.Buffer) -> dict[str, Any]:
+        """The columns this stage writes, of one row."""
+        started = time.perf_counter()
+        columns: dict[str, Any] = {"image_sha256": hashlib.sha256(image).hexdigest()}
+        try:
+            prepared = prepare_image(
+                image,
+                self.settings.pinpoints,
+                self.settings.tile,
+                self.settings.limits,
+                self.settings.exif_rotate,
+                self.settings.patch,
+            )
+        except RowError as error:
+            columns |= {"reason": error.reason, "message": error.message}
+        else:
+            columns |= {
+                "message": prepared.note or None,
+                "width": prepared.width,
+                "height": prepared.height,
+                "tiles": prepared.layout.tiles,
+                "image_tokens": prepared.layout.tokens,
+                "token_ids": self.settings.template.fill(prepared.layout.tokens),
+                "pixels": prepared.tiles.reshape(-1),
+            }
+        return columns | {"prepare_seconds": time.perf_counter() - started}
+
+    def _table(self, inputs: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:
+        small = pa.schema([column for column in self.schema if column.name != "pixels"])
+        pixels = [row.get("pixels", _NO_PIXELS) for row in rows]
+        offsets = np.cumsum([0, *(tiles.size for tiles in pixels)])
+        flat = pa.LargeListArray.from_arrays(offsets, np.concatenate(pixels))
+        table = add_columns(inputs, rows, small).append_column("pixels", flat)
+        return table.select(self.schema.names).cast(self.schema)
+
+
+_NO_PIXELS = np.empty(0, np.uint8)

@@ -1,0 +1,133 @@
+"""The generate stage around an engine that is faked: answers are computed from the request."""
+
+import threading
+from collections import deque
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from model.engine.config import EngineConfig
+from pipeline import generate
+from pipeline.generate import Generate, GenerateSettings, row_seed
+from schemas.errors import Reason, RowError
+from schemas.requests import FinishReason, Request, Result, Sampling
+from schemas.rows import GENERATED, PREPARED
+
+TILE = 4
+NOTHING_KEPT = pa.schema([])
+
+
+class FakeEngine:
+    """Finishes one request a step, the latest first, so that answers come out of order."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.queue: deque[Request] = deque()
+        self.most = 0
+
+    @property
+    def unfinished(self) -> int:
+        return len(self.queue)
+
+    def add(self, request: Request) -> None:
+        if request.token_ids.size > 5:
+            raise RowError(Reason.PROMPT_TOO_LONG, "6 tokens; expected at most 5")
+        self.queue.append(request)
+        self.most = max(self.most, len(self.queue))
+
+    def step(self) -> list[Result]:
+        request = self.queue.pop()
+        assert request.tiles is not None
+        text = f"{request.tiles.sum()} {request.sampling.seed} {request.image_size}"
+        length = request.tiles.shape[0] == 2
+        return [
+            Result(
+                id=request.id,
+                text=text,
+                token_ids=(1, 2, 3),
+                finish_reason=FinishReason.LENGTH if length else FinishReason.STOP,
+                prompt_tokens=request.token_ids.size,
+                mean_logprob=-0.5,
+            )
+        ]
+
+
+@pytest.fixture
+def stage(monkeypatch) -> Generate:
+    monkeypatch.setattr(generate, "Engine", FakeEngine)
+    settings = GenerateSettings(EngineConfig("nowhere"), Sampling(seed=7), TILE, NOTHING_KEPT)
+    return Generate(settings)
+
+
+def prepared(rows: list[dict]) -> pa.Table:
+    defaults = {"unit": 0, "index": 0, "source": "a", "read_seconds": 0.0, "prepare_seconds": 0.0}
+    return pa.Table.from_pylist([defaults | row for row in rows], schema=PREPARED)
+
+
+def good_row(row_id: str, tiles: int = 1, tokens: int = 3) -> dict:
+    pixels = np.full(tiles * TILE * TILE * 3, len(row_id), np.uint8)
+    return {
+        "row_id": row_id,
+        "tiles": tiles,
+        "width": 10,
+        "height": 20,
+        "token_ids": list(range(tokens)),
+        "pixels": pixels,
+    }
+
+
+def test_each_row_gets_its_own_answer_in_the_order_of_the_rows(stage):
+    table = stage(prepared([good_row("a"), good_row("bb"), good_row("ccc")]))
+    assert table.schema.equals(GENERATED)
+    assert table["row_id"].to_pylist() == ["a", "bb", "ccc"]
+    for row_id, text in zip(table["row_id"].to_pylist(), table["text"].to_pylist(), strict=True):
+        assert text == f"{len(row_id) * 48} {row_seed(7, row_id)} (10, 20)"
+
+
+def test_a_row_that_failed_before_is_passed_on_and_not_computed(stage):
+    bad = {"row_id": "x", "reason": Reason.DECODE_ERROR, "message": "cut"}
+    table = stage(prepared([bad, good_row("a")]))
+    assert table["reason"].to_pylist() == ["decode_error", None]
+    assert table["attempts"].to_pylist() == [0, 1]
+    assert table["text"][0].as_py() is None
+
+
+def test_a_prompt_that_can_never_fit_costs_one_row(stage):
+    table = stage(prepared([good_row("long", tokens=6), good_row("a")]))
+    assert table["reason"].to_pylist() == ["prompt_too_long", None]
+    assert "expected at most 5" in table["message"][0].as_py()
+
+
+def test_an_answer_cut_at_its_limit_says_so(stage):
+    table = stage(prepared([good_row("a", tiles=2)]))
+    assert table["finish_reason"].to_pylist() == ["length"]
+    assert table["reason"].to_pylist() == ["max_new_tokens"]
+
+
+def test_calls_side_by_side_share_one_engine_and_the_same_row_sent_twice_is_answered_twice(stage):
+    rows = [good_row("a" * (1 + i)) for i in range(30)]
+    tables: list[pa.Table] = []
+    threads = [
+        threading.Thread(target=lambda: tables.append(stage(prepared(rows)))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(tables) == 4
+    assert all(table["text"].to_pylist() == tables[0]["text"].to_pylist() for table in tables)
+
+
+def test_an_engine_that_cannot_start_says_why(monkeypatch):
+    def broken(config: EngineConfig) -> None:
+        raise MemoryError("47 GB of weights, 20 GB of memory")
+
+    monkeypatch.setattr(generate, "Engine", broken)
+    settings = GenerateSettings(EngineConfig("nowhere"), Sampling(), TILE, NOTHING_KEPT)
+    with pytest.raises(MemoryError, match="47 GB"):
+        Generate(settings)
+
+
+def test_the_seed_of_a_row_depends_on_the_row_and_the_job_alone():
+    assert row_seed(0, "a") == row_seed(0, "a")
+    assert len({row_seed(0, "a"), row_seed(0, "b"), row_seed(1, "a")}) == 3

@@ -1,0 +1,45 @@
+import io
+
+from rich.console import Console
+
+from pipeline import progress
+from pipeline.progress import Progress, clock
+
+
+def plain_console() -> Console:
+    return Console(file=io.StringIO(), force_terminal=False, width=200)
+
+
+def written(console: Console) -> str:
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_run_without_a_terminal_is_not_silent(monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
+    console = plain_console()
+    with Progress(3, console) as shown:
+        shown.generated({"ok": 2, "failed": 1}, tokens=900)
+        shown.committed(1)
+        shown._done.wait(0.1)
+    lines = written(console).splitlines()
+    assert len(lines) > 2
+    assert "3 rows" in lines[-1]
+    assert "1 failed" in lines[-1]
+    assert "units 1/3" in lines[-1]
+
+
+def test_the_wait_for_the_model_says_what_is_awaited():
+    assert "loading" in str(Progress(7, plain_console(), phase="loading the model").line())
+
+
+def test_time_left_is_not_invented_before_a_unit_is_done():
+    shown = Progress(2, plain_console())
+    shown.generated({"ok": 5}, tokens=10)
+    assert "unknown" in str(shown.line())
+    shown.committed(1)
+    assert "about 00:0" in str(shown.line())
+
+
+def test_long_runs_show_hours():
+    assert clock(59) == "00:59"
+    assert clock(3 * 3600 + 62) == "3:01:02"
