@@ -133,7 +133,8 @@ def _vision_embeddings(vision: VisionConfig) -> Iterator[TensorEntry]:
         "position_embedding.weight": (vision.patches_per_side**2 + 1, width),
     }
     for part, shape in shapes.items():
-        yield TensorEntry(f"{_VISION}.embeddings.{part}", shape, f"vision_tower.{part}")
+        target = f"vision_tower.{part.removesuffix('.weight')}"
+        yield TensorEntry(f"{_VISION}.embeddings.{part}", shape, target)
     for part in ("weight", "bias"):  # the released name is misspelt
         yield TensorEntry(f"{_VISION}.pre_layrnorm.{part}", (width,), f"vision_tower.norm.{part}")
 

@@ -1,0 +1,59 @@
+"""Matrix products over tokens, with int8 or plain weights.
+
+T tokens, K inputs, N outputs. The plain PyTorch twin of the fused int8 kernel.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# On a CPU the rows of an fp32 product come out the same, bit for bit, however many rows are
+# computed together, so long as their number is a multiple of this (1 to 15 rows may take other
+# paths, which depend on the number of threads too).
+_CPU_ROWS = 16
+
+
+def linear(x_TK: Tensor, weight_NK: Tensor, scale_N1: Tensor | None = None) -> Tensor:
+    """x @ weight^T, [T, N] in the dtype of x. An int8 weight comes with the scale of each row."""
+    if scale_N1 is not None:
+        weight_NK = dequantize(weight_NK, scale_N1, x_TK.dtype)
+    missing_rows = -len(x_TK) % _CPU_ROWS
+    if x_TK.is_cuda or not missing_rows:
+        return functional.linear(x_TK, weight_NK)
+    return functional.linear(functional.pad(x_TK, (0, 0, 0, missing_rows)), weight_NK)[: len(x_TK)]
+
+
+def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """scale * int8 weight, in the order of operations of optimum-quanto's product."""
+    return scale.to(dtype) * weight
+
+
+def empty_weight(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
+    """A weight that a checkpoint is going to fill."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """A projection of the network. Quantized, it holds int8 and one bf16 scale for each row."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        bias: bool = False,
+        quantized: bool = False,
+    ) -> None:
+        super().__init__()
+        weight_dtype = torch.int8 if quantized else dtype
+        self.weight = empty_weight(outputs, inputs, dtype=weight_dtype, device=device)
+        self.weight_scale = (
+            empty_weight(outputs, 1, dtype=torch.bfloat16, device=device) if quantized else None
+        )
+        self.bias = empty_weight(outputs, dtype=dtype, device=device) if bias else None
+
+    def forward(self, x_TK: Tensor) -> Tensor:
+        y_TN = linear(x_TK, self.weight, self.weight_scale)
+        return y_TN if self.bias is None else y_TN + self.bias
