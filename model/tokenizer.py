@@ -83,7 +83,7 @@ class Tokenizer:
         return self._encode(str(prompt))
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _refuse_special_tokens(self, text: str) -> None:
         for token_id in self._encode(text):
