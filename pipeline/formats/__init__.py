@@ -1,0 +1,1 @@
+"""One file for each kind of unit: how its rows are found. read.py gives them their place."""

@@ -1,0 +1,89 @@
+"""What reading one row gives, and which reason an error is. Knows no file format."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from pipeline.sources import Source
+from pipeline.storage import PatientFile, as_text, patiently
+from schemas.errors import Reason, RowError
+
+STREAM_BYTES = 8 * 1024**2  # of a large file, asked for at once
+TABLE_ROWS = 16
+TABLE_BYTES = 64 * 1024**2
+
+_LONGEST_MESSAGE = 500
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """What reading needs to know beside the unit. Picklable.
+
+    max_bytes: a larger image becomes a failed row. kept: the schema of the columns carried over.
+    """
+
+    source: Source
+    max_bytes: int
+    image_column: str | None = None
+    kept: pa.Schema = field(default_factory=lambda: pa.schema([]))
+
+
+class Row(NamedTuple):
+    """A row before it has its place in the unit: `data` or `error`; kept: one row, if any."""
+
+    name: str
+    member: str | None
+    data: bytes | None = None
+    error: RowError | None = None
+    kept: pa.Table | None = None
+
+
+def read_row(name: str, member: str | None, read: Callable[[], bytes]) -> Row:
+    """The row that `read` has the bytes of, or the RowError it raises."""
+    try:
+        return Row(name, member, read())
+    except RowError as error:
+        return Row(name, member, error=error)
+
+
+def read_file(settings: ReadSettings, name: str) -> bytes:
+    """A whole file, no larger than allowed. Raises RowError."""
+    fs, path = settings.source.fs, settings.source.path(name)
+    try:
+        size = patiently(lambda: fs.info(path)["size"])
+        check_size(size, settings.max_bytes)
+        # With its end given s3fs asks for the bytes at once, not for the size again.
+        data: Any = patiently(lambda: fs.cat_file(path, start=0, end=size)) if size else b""
+        return data
+    except RowError:
+        raise
+    except FileNotFoundError as error:
+        raise row_error(Reason.NOT_FOUND, f"there when planned, now gone: {path}") from error
+    except Exception as error:  # storage clients raise far more than OSError
+        raise row_error(Reason.READ_ERROR, error) from error
+
+
+def check_size(size: int, max_bytes: int) -> None:
+    """Raises RowError. To be called before the bytes are read."""
+    if size > max_bytes:
+        raise RowError(
+            Reason.TOO_MANY_BYTES, f"{size:,} bytes; at most {max_bytes:,} are read (--max-bytes)"
+        )
+
+
+def row_error(reason: Reason, error: Exception | str) -> RowError:
+    """A message of one line and bounded length, whatever a library or a hostile file says."""
+    return RowError(reason, as_text(" ".join(str(error).split()))[:_LONGEST_MESSAGE])
+
+
+def blame(error: Exception, file: PatientFile | None) -> RowError:
+    """What an error met while parsing `file` means; None if it could not even be opened."""
+    if isinstance(error, RowError):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return row_error(Reason.NOT_FOUND, f"there when planned, now gone: {error}")
+    if file is None or file.failure is not None:
+        return row_error(Reason.READ_ERROR, (file and file.failure) or error)
+    return row_error(Reason.SOURCE_DAMAGED, error)

@@ -1,0 +1,83 @@
+"""Reads units into INPUT rows, a few at a time. Bad input becomes rows; nothing raises for it.
+
+Does not look into images: their bytes are passed on as they are.
+"""
+
+import time
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from pipeline.formats.images import image_rows
+from pipeline.formats.parquet import parquet_rows
+from pipeline.formats.row import TABLE_BYTES, TABLE_ROWS, ReadSettings, Row
+from pipeline.formats.tar import tar_rows
+from pipeline.plan import row_id, units_of
+from schemas.ledger import Unit, UnitKind
+from schemas.rows import INPUT, with_kept
+
+__all__ = ["ReadSettings", "read_unit", "read_units"]
+
+_ROWS = {UnitKind.IMAGES: image_rows, UnitKind.TAR: tar_rows, UnitKind.PARQUET: parquet_rows}
+
+
+def read_units(units: pa.Table, settings: ReadSettings) -> Iterator[pa.Table]:
+    """INPUT rows, and the kept columns, of units given in the PLAN schema."""
+    for unit in units_of(units):
+        yield from read_unit(unit, settings)
+
+
+def read_unit(unit: Unit, settings: ReadSettings) -> Iterator[pa.Table]:
+    """INPUT rows, and the kept columns, of one unit: at least one row, in small tables.
+
+    A table has at most TABLE_ROWS rows and TABLE_BYTES of data, or one larger image. The unit's
+    last row tells how many rows it has.
+    """
+    rows: list[tuple[Row, float]] = []
+    first, size = 0, 0
+    for row, seconds in _timed(_ROWS[unit.kind](unit, settings)):
+        more = len(row.data or b"")
+        if rows and (len(rows) == TABLE_ROWS or size + more > TABLE_BYTES):
+            yield _table(rows, unit, first, None, settings)
+            first += len(rows)
+            rows, size = [], 0
+        rows.append((row, seconds))
+        size += more
+    yield _table(rows, unit, first, first + len(rows), settings)
+
+
+def _timed(rows: Iterator[Row]) -> Iterator[tuple[Row, float]]:
+    while True:
+        began = time.perf_counter()
+        row = next(rows, None)
+        if row is None:
+            return
+        yield row, time.perf_counter() - began
+
+
+def _table(
+    timed: list[tuple[Row, float]],
+    unit: Unit,
+    first: int,
+    unit_rows: int | None,
+    settings: ReadSettings,
+) -> pa.Table:
+    rows = [row for row, _ in timed]
+    count = len(rows)
+    values = {
+        "row_id": [row_id(row.name, row.member) for row in rows],
+        "unit": [unit.number] * count,
+        "index": range(first, first + count),
+        "unit_rows": [None] * (count - 1) + [unit_rows],
+        "source": [settings.source.full_address(row.name) for row in rows],
+        "member": [row.member for row in rows],
+        "page": [None] * count,
+        "reason": [row.error and row.error.reason.value for row in rows],
+        "message": [row.error and row.error.message for row in rows],
+        "read_seconds": [seconds for _, seconds in timed],
+        "data": [row.data for row in rows],
+    }
+    columns = [pa.array(values[column.name], column.type) for column in INPUT]
+    nothing = pa.table([pa.nulls(1, column.type) for column in settings.kept], settings.kept)
+    kept = pa.concat_tables([row.kept or nothing for row in rows])
+    return pa.table([*columns, *kept.columns], with_kept(INPUT, settings.kept))
