@@ -1,0 +1,98 @@
+"""How an engine is set up: what the user may choose, checked before any weight is read."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+import torch
+
+from model.decoder import Quantization
+from model.layers.ragged import BLOCK_TOKENS
+from schemas.errors import ConfigError
+
+MOST_SEQUENCES = 256  # in memory at once, unless asked otherwise
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One engine: a whole model over `ranks` ranks of this machine.
+
+    checkpoint: folder of the released layout.
+    device: "auto" is cuda where there is one, else cpu; rank r takes GPU r.
+    dtype: of activations and plain weights; "auto" is bfloat16 on cuda, float32 on cpu.
+    chunk_tokens: most tokens, of prompts and decode together, in one microbatch.
+    max_sequences: most sequences in memory at once. None: as memory allows, MOST_SEQUENCES at most.
+    cache_bytes: memory of each rank for slots and blocks together. None: on cuda what is free
+        after loading, less what a microbatch needs; on cpu 1 GiB.
+    tokens_per_sequence: the mean length, answer included, for which that memory is split between
+        slots and blocks. Longer sequences work too: they wait or are preempted sooner.
+    threads: CPU threads of each rank. None: the cores divided by `ranks`; with one rank, which
+        runs inside the calling process, whatever is set there.
+
+    Raises ConfigError for a value outside these.
+    """
+
+    checkpoint: str
+    ranks: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Quantization = "int8"
+    chunk_tokens: int = 8192
+    max_sequences: int | None = None
+    cache_bytes: int | None = None
+    tokens_per_sequence: int = 4096
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("device", "dtype", "quantization"):
+            _expect_one_of(
+                field, getattr(self, field), get_args(get_type_hints(EngineConfig)[field])
+            )
+        _expect_at_least("ranks", self.ranks, 1)
+        # One block of a prompt always fits beside the decode tokens, or prompts could starve.
+        _expect_at_least("chunk_tokens", self.chunk_tokens, 2 * BLOCK_TOKENS)
+        _expect_at_least("tokens_per_sequence", self.tokens_per_sequence, 1)
+        for name in ("max_sequences", "cache_bytes", "threads"):
+            if getattr(self, name) is not None:
+                _expect_at_least(name, getattr(self, name), 1)
+
+    @property
+    def most_sequences(self) -> int:
+        return self.max_sequences or MOST_SEQUENCES
+
+    @property
+    def threads_per_rank(self) -> int:
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.ranks)
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+
+    def rank_device(self, rank: int) -> torch.device:
+        return torch.device("cuda", rank) if self.on_cuda else torch.device("cpu")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        if self.dtype == "auto":
+            return torch.bfloat16 if self.on_cuda else torch.float32
+        return DTYPES[self.dtype]
+
+    def check_devices(self) -> None:
+        """Raises ConfigError when this machine has fewer GPUs than there are ranks."""
+        found = torch.cuda.device_count()
+        if self.on_cuda and found < self.ranks:
+            raise ConfigError(
+                f"ranks is {self.ranks}, this machine has {found} GPUs; every rank takes one: "
+                f"ask for at most {found} ranks" + ("" if found else ", or for device cpu")
+            )
+
+
+def _expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def _expect_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name} is {value}; expected {least} or more")

@@ -1,0 +1,214 @@
+"""Requests in, results out: continuous batching over one or more ranks.
+
+Owns what the others do not know: the requests themselves and their text.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from types import TracebackType
+
+import numpy as np
+
+from model.config import VL01Config, load_config
+from model.engine.answer import Answer
+from model.engine.config import EngineConfig
+from model.engine.memory import Memory
+from model.engine.microbatch import Image, Microbatch, Sampled
+from model.engine.plan import Plan, Segment
+from model.engine.rank_in_process import RankInProcess
+from model.engine.rank_processes import RankProcesses
+from model.engine.ranks import layer_spans
+from model.engine.sampling import Draw, uniform
+from model.engine.scheduler import Scheduler
+from model.inputs.tiling import choose_layout
+from model.tokenizer import Tokenizer
+from schemas.errors import EngineError
+from schemas.requests import Request, Result
+
+
+@dataclass(frozen=True)
+class EngineStatistics:
+    """Counts since the start. prompt_tokens and output_tokens: computed and written so far."""
+
+    microbatches: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass
+class _Live:
+    """An unfinished request. Its tiles are let go once they are sent."""
+
+    request: Request
+    answer: Answer
+
+    def token_ids(self, segment: Segment) -> np.ndarray:
+        if segment.context < len(self.request.token_ids):
+            return self.request.token_ids[segment.context : segment.context + segment.length]
+        return np.array(self.answer.token_ids[-1:], dtype=np.int32)
+
+    def draw(self) -> Draw:
+        sampling = self.request.sampling
+        position = len(self.request.token_ids) + len(self.answer.token_ids)
+        return Draw(sampling.temperature, sampling.top_p, uniform(sampling.seed, position))
+
+
+class Engine:
+    """Generates for many requests at once. Not thread-safe: one thread calls all methods.
+
+    Raises ConfigError (CheckpointError) when it cannot be set up as asked. After an EngineError
+    an engine is of no more use; close it.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._model = load_config(config.checkpoint)
+        self._tokenizer = Tokenizer.from_checkpoint(config.checkpoint)
+        layer_spans(self._model.text.num_layers, config.ranks)
+        config.check_devices()
+        self._ranks = RankInProcess(config) if config.ranks == 1 else RankProcesses(config)
+        self.capacity = self._ranks.capacity
+        self._scheduler = Scheduler(
+            Memory(self.capacity),
+            chunk_tokens=config.chunk_tokens,
+            microbatches=config.ranks,
+            max_tokens=self._model.text.max_position_embeddings,
+        )
+        self._live: dict[int, _Live] = {}
+        self._in_flight: deque[Plan] = deque()
+        self._statistics = EngineStatistics()
+
+    @property
+    def unfinished(self) -> int:
+        """Requests added and not yet answered."""
+        return len(self._live)
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        return replace(self._statistics, preemptions=self._scheduler.preemptions)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; `step` will answer it.
+
+        Raises RowError (PROMPT_TOO_LONG) when it can never fit, and ValueError when it
+        contradicts itself: no tokens, or an image with another number of image tokens or tiles.
+        """
+        _check_request(request, self._model)
+        prompt_tokens = len(request.token_ids)
+        key = self._scheduler.add(prompt_tokens, request.sampling.max_new_tokens)
+        answer = Answer(request.sampling, self._model.eos_token_ids, self._tokenizer.decode)
+        self._live[key] = _Live(request, answer)
+
+    def step(self) -> list[Result]:
+        """Schedule and run microbatches until the ranks are full; record the oldest.
+
+        Returns the requests that it finished; none, at once, when there is nothing to do.
+        """
+        while plan := self._scheduler.schedule():
+            self._ranks.submit(self._take_images(plan), self._microbatch(plan))
+            self._in_flight.append(plan)
+        if self._in_flight:
+            return self._record(self._in_flight.popleft(), self._ranks.receive())
+        if self._live:
+            raise EngineError(f"{len(self._live)} requests are unfinished and none can go on")
+        return []
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Result]:
+        """The results of all requests, as they are finished. Reads no further than it needs to
+        keep the engine full. Raises what `add` and `step` raise."""
+        requests = iter(requests)
+        while True:
+            for request in islice(requests, max(0, 2 * self.capacity.slots - self.unfinished)):
+                self.add(request)
+            if not self.unfinished:
+                return
+            yield from self.step()
+
+    def close(self) -> None:
+        """End the ranks; their processes are gone within seconds."""
+        self._ranks.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _take_images(self, plan: Plan) -> list[Image]:
+        images = []
+        for segment in plan.segments:
+            live = self._live[segment.sequence]
+            request = live.request
+            if request.tiles is not None and request.image_size is not None:
+                images.append(Image(segment.sequence, request.tiles, request.image_size))
+                live.request = replace(request, tiles=None)
+        return images
+
+    def _microbatch(self, plan: Plan) -> Microbatch:
+        ids = [self._live[segment.sequence].token_ids(segment) for segment in plan.segments]
+        draws = [self._live[segment.sequence].draw() for segment in plan.sampling_segments]
+        return Microbatch(plan, np.concatenate(ids, dtype=np.int32), tuple(draws))
+
+    def _record(self, plan: Plan, sampled: Sampled) -> list[Result]:
+        assert sampled.number == plan.number
+        self._scheduler.record(plan)
+        results = []
+        for segment, token, logprob in zip(
+            plan.sampling_segments, sampled.token_ids, sampled.logprobs, strict=True
+        ):
+            if self._live[segment.sequence].answer.append(token, logprob):
+                self._scheduler.finish(segment.sequence)
+                results.append(_result(self._live.pop(segment.sequence)))
+        self._count(plan)
+        return results
+
+    def _count(self, plan: Plan) -> None:
+        written = len(plan.sampling_segments)
+        decoded = sum(segment.is_decode for segment in plan.segments)
+        self._statistics = replace(
+            self._statistics,
+            microbatches=self._statistics.microbatches + 1,
+            prompt_tokens=self._statistics.prompt_tokens + plan.tokens - decoded,
+            output_tokens=self._statistics.output_tokens + written,
+        )
+
+
+def _check_request(request: Request, model: VL01Config) -> None:
+    if not len(request.token_ids):
+        raise ValueError(f"request {request.id} has no tokens; expected at least one")
+    tokens = int((request.token_ids == model.image_token_id).sum())
+    tiles = 0 if request.tiles is None else len(request.tiles)
+    expected_tokens = expected_tiles = 0
+    if request.tiles is not None or request.image_size is not None:
+        if request.image_size is None or request.tiles is None:
+            raise ValueError(f"request {request.id} has tiles or an image size; expected both")
+        vision = model.vision
+        layout = choose_layout(
+            *request.image_size, model.pinpoints, vision.image_size, vision.patch_size
+        )
+        expected_tokens, expected_tiles = layout.tokens, layout.tiles
+    if (tokens, tiles) != (expected_tokens, expected_tiles):
+        raise ValueError(
+            f"request {request.id} has {tokens} image tokens and {tiles} tiles; an image of size "
+            f"{request.image_size} has {expected_tokens} and {expected_tiles}"
+        )
+
+
+def _result(live: _Live) -> Result:
+    answer = live.answer
+    assert answer.finish_reason is not None
+    return Result(
+        id=live.request.id,
+        text=answer.text,
+        token_ids=tuple(answer.token_ids),
+        finish_reason=answer.finish_reason,
+        prompt_tokens=len(live.request.token_ids),
+        mean_logprob=answer.mean_logprob,
+    )

@@ -1,0 +1,31 @@
+"""What the coordinator and a rank process say to each other, besides Image, Microbatch, Sampled.
+
+A rank first gets a Start and answers with its Room; it then gets the Capacity and answers Ready.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.engine.config import EngineConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a rank needs to know of itself. log_level: of the coordinator's logging module."""
+
+    config: EngineConfig
+    rank: int
+    meeting_point: Path
+    log_level: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The rank has loaded its layers and allocated its memory."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The rank raised an exception and ends."""
+
+    traceback: str

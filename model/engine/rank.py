@@ -1,0 +1,122 @@
+"""What one rank does with a microbatch: its layers, its memory, on one device.
+
+Knows neither its neighbours nor how it is reached; the same in a process of its own or not.
+Shapes: T tokens of a microbatch, D hidden size, N sequences that get a token, P image tokens.
+"""
+
+import logging
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.config import load_config
+from model.decoder import Decoder
+from model.engine.config import EngineConfig
+from model.engine.memory import Capacity, Room
+from model.engine.microbatch import Image, Microbatch, Sampled, last_rows, ragged_batch, rows_of
+from model.engine.plan import Plan
+from model.engine.ranks import layer_spans
+from model.engine.rehearsal import measure_room
+from model.engine.sampling import choose
+from model.layers.memory import LayerMemory, SavedSequence, block_bytes, slot_bytes
+from model.weights.checkpoint import load_decoder
+
+logger = logging.getLogger(__name__)
+
+_CPU_CACHE_BYTES = 2**30
+
+
+class Rank:
+    """The span of layers with index `rank` of `config.ranks`, loaded and ready for `allocate`."""
+
+    def __init__(self, config: EngineConfig, rank: int) -> None:
+        self._config = config
+        self.device = config.rank_device(rank)
+        self.dtype = config.torch_dtype
+        self.decoder = _load(config, rank, self.device)
+        self._features: dict[int, Tensor] = {}  # sequence -> the features not yet used, [P, D]
+        self._saved: dict[int, SavedSequence] = {}
+
+    def room(self) -> Room:
+        """Memory for slots and blocks."""
+        text, span = self.decoder.config.text, self.decoder.span
+        budget = self._config.cache_bytes or _CPU_CACHE_BYTES
+        if self.device.type == "cuda":
+            free = measure_room(self.decoder, self.device, self._config)
+            budget = min(self._config.cache_bytes or free, free)
+        return Room(
+            budget=budget,
+            slot_bytes=slot_bytes(text, span),
+            block_bytes=block_bytes(text, span, self.dtype),
+        )
+
+    def allocate(self, capacity: Capacity) -> None:
+        self._memory = LayerMemory(
+            self.decoder.config.text,
+            self.decoder.span,
+            slots=capacity.slots,
+            blocks=capacity.blocks,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def take_image(self, image: Image) -> None:
+        """First rank: compute an image's features and keep them until its prompt has used them."""
+        tiles_NHWC = torch.from_numpy(image.tiles).to(self.device)
+        self._features[image.sequence] = self.decoder.image_features(tiles_NHWC, image.size)
+
+    def swap(self, plan: Plan) -> None:
+        """Save preempted sequences to the host, then restore resumed ones."""
+        for swap in plan.saves:
+            self._saved[swap.sequence] = self._memory.save(swap.slot, swap.blocks)
+        for swap in plan.restores:
+            self._memory.restore(swap.slot, swap.blocks, self._saved.pop(swap.sequence))
+
+    def embed(self, microbatch: Microbatch) -> Tensor:
+        """First rank: hidden_TD of the microbatch's tokens and image features."""
+        placed = []
+        for segment, rows in zip(microbatch.plan.segments, rows_of(microbatch.plan), strict=True):
+            ids = microbatch.token_ids[rows.start : rows.stop]
+            places = np.flatnonzero(ids == self.decoder.config.image_token_id)
+            if len(places):
+                features_PD = self._next_features(segment.sequence, len(places))
+                placed.append((rows.start + int(places[0]), features_PD))
+        ids_T = torch.from_numpy(microbatch.token_ids.astype(np.int64)).to(self.device)
+        return self.decoder.embed(ids_T, placed)
+
+    def forward(self, hidden_TD: Tensor, plan: Plan) -> Tensor:
+        """This rank's layers, which write to its memory."""
+        return self.decoder(hidden_TD, ragged_batch(plan, self.device), self._memory)
+
+    def sample(self, hidden_TD: Tensor, microbatch: Microbatch) -> Sampled:
+        """Last rank: choose the next tokens."""
+        plan = microbatch.plan
+        if not microbatch.draws:
+            return Sampled(plan.number, (), ())
+        logits_NV = self.decoder.logits(hidden_TD[last_rows(plan, self.device)])
+        return Sampled(plan.number, *choose(logits_NV, microbatch.draws))
+
+    def _next_features(self, sequence: int, count: int) -> Tensor:
+        features_PD = self._features.pop(sequence)
+        if len(features_PD) > count:
+            self._features[sequence] = features_PD[count:]
+        return features_PD[:count]
+
+
+def _load(config: EngineConfig, rank: int, device: torch.device) -> Decoder:
+    layers = load_config(config.checkpoint).text.num_layers
+    span = layer_spans(layers, config.ranks)[rank]
+    who = f"rank {rank} of {config.ranks}"
+    logger.info("%s: loading layers %d to %d on %s", who, span.start, span.stop - 1, device)
+    started = time.monotonic()
+    decoder = load_decoder(
+        config.checkpoint,
+        span,
+        dtype=config.torch_dtype,
+        device=device,
+        quantization=config.quantization,
+    )
+    logger.info("%s: loaded in %.0f s", who, time.monotonic() - started)
+    return decoder

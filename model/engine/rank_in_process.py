@@ -1,0 +1,45 @@
+"""The one rank of an engine that needs no more: in this process, without torch.distributed."""
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from model.engine.config import EngineConfig
+from model.engine.memory import share_out
+from model.engine.microbatch import Image, Microbatch, Sampled
+from model.engine.rank import Rank
+from schemas.errors import EngineError
+
+
+class RankInProcess:
+    """Has the methods of RankProcesses; `submit` computes at once."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self._rank = Rank(config, 0)
+        self.capacity = share_out(
+            [self._rank.room()], config.most_sequences, config.tokens_per_sequence
+        )
+        self._rank.allocate(self.capacity)
+        self._sampled: deque[Sampled] = deque()
+
+    @torch.inference_mode()
+    def submit(self, images: Sequence[Image], microbatch: Microbatch) -> None:
+        try:
+            for image in images:
+                self._rank.take_image(image)
+            self._rank.swap(microbatch.plan)
+            hidden_TD = self._rank.embed(microbatch)
+            hidden_TD = self._rank.forward(hidden_TD, microbatch.plan)
+            self._sampled.append(self._rank.sample(hidden_TD, microbatch))
+        except Exception as error:
+            raise EngineError(f"rank 0 of 1 failed: {type(error).__name__}: {error}") from error
+
+    def receive(self) -> Sampled:
+        return self._sampled.popleft()
+
+    def close(self) -> None:
+        """Give the weights and the memory back."""
+        del self._rank

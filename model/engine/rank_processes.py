@@ -1,0 +1,127 @@
+"""All ranks of one engine, each in a process of its own."""
+
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, NoReturn
+
+from model.engine.config import EngineConfig
+from model.engine.memory import share_out
+from model.engine.microbatch import Image, Microbatch, Sampled
+from model.engine.rank_process import RankProcess
+from schemas.errors import ConfigError, EngineError
+
+_SECONDS_TO_END = 5.0  # what a rank gets to end by itself before it is killed
+_SECONDS_TO_EXPLAIN = 2.0  # after a failure: for those it takes along, so that all are named
+
+
+class RankProcesses:
+    """Starts `config.ranks` processes, and waits until all have loaded their layers.
+
+    Takes microbatches with `submit` and hands back their tokens with `receive`, in order.
+    Every method raises EngineError once a rank has failed or died, with its exit code and
+    traceback; ConfigError when a rank found the checkpoint or the memory wanting.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._error: EngineError | ConfigError | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="vl01-ranks-")
+        self._closed = threading.Event()
+        self._ranks: list[RankProcess] = []
+        try:
+            self._launch(config)
+            rooms = [self._hear(rank) for rank in self._ranks]
+            self.capacity = share_out(rooms, config.most_sequences, config.tokens_per_sequence)
+            for rank in self._ranks:
+                rank.tell(self.capacity)
+            for rank in self._ranks:
+                self._hear(rank)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        return [rank.pid for rank in self._ranks]
+
+    def submit(self, images: Sequence[Image], microbatch: Microbatch) -> None:
+        for image in images:
+            self._ranks[0].tell(image)
+        for rank in self._ranks:
+            rank.tell(microbatch)
+
+    def receive(self) -> Sampled:
+        """The tokens of the oldest microbatch that was submitted and not received."""
+        return self._hear(self._ranks[-1])
+
+    def close(self) -> None:
+        """End all ranks: they end when their channels close, and are killed if they do not."""
+        for rank in self._ranks:
+            rank.hang_up()
+        deadline = time.monotonic() + _SECONDS_TO_END
+        for rank in self._ranks:
+            if not rank.join(deadline - time.monotonic()):
+                rank.kill()
+        self._closed.set()
+        self._folder.cleanup()
+
+    def _launch(self, config: EngineConfig) -> None:
+        """Start the processes from a thread that stays as long as they do.
+
+        A rank asks the kernel to kill it when its parent dies, and its parent is the *thread*
+        that started it: the caller's may end long before the engine does.
+        """
+        launched: Future[None] = Future()
+        meeting_point = Path(self._folder.name) / "meeting-point"
+
+        def launch_and_stay() -> None:
+            try:
+                for index in range(config.ranks):
+                    self._ranks.append(RankProcess(config, index, meeting_point))
+                launched.set_result(None)
+            except BaseException as error:
+                launched.set_exception(error)
+            self._closed.wait()
+
+        threading.Thread(target=launch_and_stay, name="parent-of-ranks", daemon=True).start()
+        launched.result()
+
+    def _hear(self, rank: RankProcess) -> Any:
+        """The next message of one rank. Listens to all: the end of any of them is a failure."""
+        if self._error:
+            raise self._error
+        while not rank.inbox:
+            for speaking in _speaking(self._ranks):
+                speaking.listen()
+            if any(rank.failed_at for rank in self._ranks):
+                self._fail()
+        return rank.inbox.popleft()
+
+    def _fail(self) -> NoReturn:
+        """Hear out the ranks that are ending, end the others, and raise what happened."""
+        deadline = time.monotonic() + _SECONDS_TO_EXPLAIN
+        while (left := [rank for rank in self._ranks if not rank.ended]) and (
+            speaking := _speaking(left, deadline - time.monotonic())
+        ):
+            for rank in speaking:
+                rank.listen()
+        failed = [rank for rank in self._ranks if rank.failed_at]
+        # One that was killed took the others along, whoever noticed first.
+        failed.sort(key=lambda rank: (not rank.killed, rank.failed_at))
+        complaints = [rank.failure for rank in failed if isinstance(rank.failure, ConfigError)]
+        self._error = (
+            complaints[0]
+            if complaints
+            else EngineError("\n".join(rank.describe() for rank in failed))
+        )
+        self.close()
+        raise self._error
+
+
+def _speaking(ranks: list[RankProcess], seconds: float | None = None) -> list[RankProcess]:
+    """Those with something to listen to; waits for it until the time is up."""
+    return wait(ranks, seconds)  # type: ignore[arg-type, return-value]

@@ -1,0 +1,68 @@
+"""Chooses next tokens from logits. Keeps no state: a draw depends on its own arguments alone.
+
+Shapes: N sequences, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How one token is chosen: greedily at temperature 0, else by `uniform` in [0, 1)."""
+
+    temperature: float
+    top_p: float
+    uniform: float
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on (seed, position) alone: 53 bits of a counter's hash.
+
+    The seed picks a starting point and the position counts from it, by the steps and the mixing
+    of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+    """
+    return (_mix(_mix(seed & _MASK) + position * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
+
+
+def _mix(x: int) -> int:
+    x &= _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def choose(logits_NV: Tensor, draws: Sequence[Draw]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """A token for each row of fp32 logits, and its log-probability at temperature 1.
+
+    Every row is computed by itself: the other rows change no bit of it.
+    """
+    logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
+    tokens_N = logits_NV.argmax(dim=-1)
+    drawn = [row for row, draw in enumerate(draws) if draw.temperature > 0]
+    if drawn:
+        tokens_N[drawn] = _draw(logits_NV[drawn], [draws[row] for row in drawn])
+    logprobs_N = logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
+    return tuple(tokens_N.tolist()), tuple(logprobs_N.tolist())
+
+
+def _draw(logits_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Inverse of the distribution function, over the likeliest tokens that make up top_p."""
+    temperature_N1, top_p_N1, uniform_N1 = (
+        torch.tensor(column, dtype=torch.float32, device=logits_NV.device)[:, None]
+        for column in zip(*((d.temperature, d.top_p, d.uniform) for d in draws), strict=True)
+    )
+    probs_NV = torch.softmax(logits_NV / temperature_N1, dim=-1)
+    probs_NV, order_NV = probs_NV.sort(dim=-1, descending=True, stable=True)
+    cumulative_NV = probs_NV.cumsum(dim=-1)
+    # The nucleus ends with the token whose probability reaches top_p.
+    last_N1 = (cumulative_NV < top_p_N1).sum(dim=-1, keepdim=True)
+    last_N1 = last_N1.clamp(max=logits_NV.shape[1] - 1)
+    threshold_N1 = uniform_N1 * cumulative_NV.gather(1, last_N1)
+    rank_N1 = (cumulative_NV <= threshold_N1).sum(dim=-1, keepdim=True)
+    return order_NV.gather(1, torch.minimum(rank_N1, last_N1))[:, 0]

@@ -1,0 +1,248 @@
+"""Decides what each microbatch computes and where in memory. Ints in, a plan out; no torch.
+
+The rules it keeps:
+- Decode goes first, then the chunks of prompts in order of arrival, within `chunk_tokens`.
+- A decoding sequence is in one microbatch in flight at most, for it needs its sampled token.
+  A prompt may have chunks in several: the ranks execute microbatches strictly in order.
+- Decode is split evenly over the microbatches, so that no rank waits for a large one.
+- When a decode token finds no free block, the youngest sequence that is not in flight goes to
+  the host, and comes back, oldest first, before any new one is admitted.
+"""
+
+from dataclasses import dataclass, field
+
+from model.engine.memory import Memory
+from model.engine.plan import Plan, Segment, Swap
+from model.engine.sequence import Sequence, blocks_for
+from model.layers.ragged import BLOCK_TOKENS
+from schemas.errors import Reason, RowError
+
+
+@dataclass
+class _Draft:
+    """A plan in the making; `budget` is how many tokens still fit in."""
+
+    budget: int
+    saves: list[Swap] = field(default_factory=list)
+    restores: list[Swap] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+
+
+class Scheduler:
+    """Owns every unfinished sequence: waiting, running (with memory) or preempted (on the host).
+
+    memory: the slots and blocks to give out. chunk_tokens: most tokens of a microbatch, at least
+    two blocks. microbatches: how many may be in flight. max_tokens: the longest sequence the
+    model takes.
+    """
+
+    def __init__(
+        self, memory: Memory, *, chunk_tokens: int, microbatches: int, max_tokens: int
+    ) -> None:
+        self._memory = memory
+        self._chunk_tokens = chunk_tokens
+        self._microbatches = microbatches
+        self._max_tokens = max_tokens
+        self._waiting: dict[int, Sequence] = {}
+        self._running: dict[int, Sequence] = {}
+        self._preempted: dict[int, Sequence] = {}
+        self._in_flight = 0
+        self._number = 0
+        self._next_key = 0
+        self.preemptions = 0
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._waiting) + len(self._running) + len(self._preempted)
+
+    @property
+    def running(self) -> int:
+        """Sequences that are in memory."""
+        return len(self._running)
+
+    def add(self, prompt_tokens: int, max_new_tokens: int) -> int:
+        """Queue a sequence and return its key; keys grow in order of arrival.
+
+        Raises RowError (PROMPT_TOO_LONG) when it could not be finished even alone.
+        """
+        total = prompt_tokens + max_new_tokens
+        sizes = f"{prompt_tokens} prompt tokens and up to {max_new_tokens} new ones"
+        if total > self._max_tokens:
+            raise RowError(
+                Reason.PROMPT_TOO_LONG, f"{sizes}; the model takes {self._max_tokens} in all"
+            )
+        # The last token that is sampled is never computed.
+        if blocks_for(total - 1) > self._memory.capacity.blocks:
+            fits = self._memory.capacity.blocks * BLOCK_TOKENS
+            raise RowError(Reason.PROMPT_TOO_LONG, f"{sizes}; the engine's memory holds {fits}")
+        key = self._next_key
+        self._next_key += 1
+        self._waiting[key] = Sequence(key, prompt_tokens, prompt_tokens)
+        return key
+
+    def schedule(self) -> Plan | None:
+        """The next microbatch, or None when nothing can be done before one in flight is back."""
+        if self._in_flight == self._microbatches:
+            return None
+        draft = _Draft(self._chunk_tokens)
+        self._resume(draft)
+        self._decode(draft)
+        self._continue_prompts(draft)
+        self._admit(draft)
+        if not draft.segments:
+            return None
+        self._in_flight += 1
+        self._number += 1
+        return Plan(
+            self._number - 1, tuple(draft.saves), tuple(draft.restores), tuple(draft.segments)
+        )
+
+    def record(self, plan: Plan) -> None:
+        """The microbatch is back: its sampling sequences have one more token."""
+        self._in_flight -= 1
+        for segment in plan.segments:
+            sequence = self._running[segment.sequence]
+            sequence.in_flight -= 1
+            sequence.tokens += segment.samples
+
+    def finish(self, key: int) -> None:
+        """Forget a sequence and free its memory. It must not be in flight."""
+        self._release(self._running.pop(key))
+
+    # -- the steps of `schedule`
+
+    def _resume(self, draft: _Draft) -> None:
+        for key in sorted(self._preempted):
+            sequence = self._preempted[key]
+            if not self._fits(sequence):
+                return
+            del self._preempted[key]
+            self._start(sequence)
+            draft.restores.append(_swap(sequence))
+
+    def _decode(self, draft: _Draft) -> None:
+        ready = [sequence for sequence in self._running.values() if sequence.can_decode]
+        ready.sort(key=lambda sequence: (sequence.last_microbatch, sequence.key))
+        share = self._decode_share(len(ready))
+        for sequence in ready:
+            if len(draft.segments) == share:
+                return
+            # A victim of this very loop is no longer running.
+            if sequence.slot is not None and self._grow(sequence, draft):
+                self._put(sequence, sequence.tokens, draft)
+
+    def _continue_prompts(self, draft: _Draft) -> None:
+        for key in sorted(self._running):
+            self._put_chunk(self._running[key], draft)
+
+    def _admit(self, draft: _Draft) -> None:
+        while self._waiting and not self._preempted:
+            sequence = next(iter(self._waiting.values()))
+            if not _chunk_end(sequence, draft.budget):
+                return
+            if not self._fits(sequence):
+                return
+            del self._waiting[sequence.key]
+            self._start(sequence)
+            self._put_chunk(sequence, draft)
+
+    # -- their parts
+
+    def _decode_share(self, ready: int) -> int:
+        """How many decode tokens this microbatch takes."""
+        openings = self._microbatches - self._in_flight
+        decoding = sum(sequence.prompt_left == 0 for sequence in self._running.values())
+        return min(
+            -(-ready // openings),
+            -(-decoding // self._microbatches),
+            self._chunk_tokens - BLOCK_TOKENS,  # room for one block of a prompt
+        )
+
+    def _put_chunk(self, sequence: Sequence, draft: _Draft) -> None:
+        if sequence.prompt_left:
+            end = _chunk_end(sequence, draft.budget)
+            if end > sequence.computed:
+                self._put(sequence, end, draft)
+
+    def _put(self, sequence: Sequence, end: int, draft: _Draft) -> None:
+        """Add the sequence's tokens up to `end` to the microbatch."""
+        assert sequence.slot is not None
+        length = end - sequence.computed
+        draft.segments.append(
+            Segment(
+                sequence=sequence.key,
+                slot=sequence.slot,
+                blocks=tuple(sequence.blocks[: blocks_for(end)]),
+                context=sequence.computed,
+                length=length,
+                is_decode=sequence.prompt_left == 0,
+                samples=end >= sequence.prompt_tokens,
+            )
+        )
+        draft.budget -= length
+        sequence.computed = end
+        sequence.in_flight += 1
+        sequence.last_microbatch = self._number
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Is there a slot, and its blocks besides one spare block for every running sequence?
+
+        The spare blocks let all of them decode 64 more tokens before one has to be preempted.
+        """
+        blocks = blocks_for(sequence.tokens) + len(self._running)
+        return self._memory.free_slots > 0 and self._memory.free_blocks >= blocks
+
+    def _start(self, sequence: Sequence) -> None:
+        """Give a sequence the memory for all tokens known of it."""
+        sequence.slot = self._memory.take_slot()
+        sequence.blocks = self._memory.take_blocks(blocks_for(sequence.tokens))
+        self._running[sequence.key] = sequence
+
+    def _grow(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Have a block for the next token; False when it must wait for one in flight."""
+        if blocks_for(sequence.tokens) <= len(sequence.blocks):
+            return True
+        if not self._memory.free_blocks and not self._preempt_younger(sequence, draft):
+            return False
+        sequence.blocks += self._memory.take_blocks(1)
+        return True
+
+    def _preempt_younger(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Save the youngest sequence not in flight, if it is younger than this one.
+
+        Never itself: with nothing in flight the oldest always finds one, or is alone and fits.
+        """
+        victim = max(
+            (other for other in self._running.values() if not other.in_flight),
+            key=lambda other: other.key,
+        )
+        if victim.key <= sequence.key:
+            return False
+        draft.saves.append(_swap(victim))
+        self._preempted[victim.key] = self._running.pop(victim.key)
+        self._release(victim)
+        self.preemptions += 1
+        return True
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        assert not sequence.in_flight
+        self._memory.give_back(sequence.slot, sequence.blocks)
+        sequence.slot, sequence.blocks = None, []
+
+
+def _swap(sequence: Sequence) -> Swap:
+    assert sequence.slot is not None
+    used = blocks_for(sequence.computed)
+    return Swap(sequence.key, sequence.slot, tuple(sequence.blocks[:used]))
+
+
+def _chunk_end(sequence: Sequence, budget: int) -> int:
+    """Where the next chunk of a prompt ends when it may have `budget` tokens.
+
+    At the prompt's end or a multiple of BLOCK_TOKENS from its start, so that attention works in
+    the same blocks however the prompt is cut.
+    """
+    if sequence.prompt_left <= budget:
+        return sequence.prompt_tokens
+    return (sequence.computed + budget) // BLOCK_TOKENS * BLOCK_TOKENS

@@ -1,0 +1,56 @@
+"""How hidden states travel from rank to rank: torch.distributed, in order, none skipped.
+
+Shapes: T tokens of a microbatch, D hidden size.
+"""
+
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+# Ranks wait for each other as long as it takes: one may load its weights for half an hour. That
+# one has died is noticed by the coordinator, which ends the others.
+_PATIENCE = timedelta(days=30)
+_SENDS_IN_FLIGHT = 2
+
+
+class Transport:
+    """One rank's links to the rank before and the rank after it.
+
+    meeting_point: a file, absent at first, by which ranks of one host find each other.
+    """
+
+    def __init__(self, rank: int, ranks: int, device: torch.device, meeting_point: Path) -> None:
+        on_cuda = device.type == "cuda"
+        if on_cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo",
+            store=FileStore(str(meeting_point), ranks),
+            rank=rank,
+            world_size=ranks,
+            timeout=_PATIENCE,
+        )
+        self._rank = rank
+        self._device = device
+        self._sends: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def receive(self, tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
+        """The next hidden_TD of the rank before."""
+        hidden_TD = torch.empty(tokens, hidden_size, dtype=dtype, device=self._device)
+        dist.recv(hidden_TD, src=self._rank - 1)
+        return hidden_TD
+
+    def send(self, hidden_TD: Tensor) -> None:
+        """Hand hidden_TD to the rank after, which may still be busy with an earlier one."""
+        hidden_TD = hidden_TD.contiguous()
+        work = dist.isend(hidden_TD, dst=self._rank + 1)
+        assert work is not None
+        # The tensor must live until it is sent.
+        self._sends.append((work, hidden_TD))
+        if len(self._sends) > _SENDS_IN_FLIGHT:
+            self._sends.popleft()[0].wait()
