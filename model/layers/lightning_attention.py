@@ -4,6 +4,8 @@ Per head, S_t = exp(-slope) S_{t-1} + k_t^T v_t and o_t = q_t S_t (MiniMax-01 te
 arXiv 2501.08313, section 2.2). T tokens, H heads, K = V = D head dimensions, N tokens of a piece.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
@@ -61,12 +63,19 @@ class _Decays:
     """exp(-slope * distance) for the distances inside a block, fp32."""
 
     def __init__(self, slopes_H: Tensor) -> None:
-        distances = torch.arange(BLOCK_TOKENS + 1, device=slopes_H.device)
-        self.by_distance_HN = torch.exp(-slopes_H[:, None] * distances)
-        row, column = distances[:-1, None], distances[None, :-1]
-        self.causal_HNN = torch.where(
-            row >= column, self.by_distance_HN[:, (row - column).clamp(min=0)], 0
-        )
+        self._slopes_H = slopes_H
+        self.one_H = torch.exp(-slopes_H)
+
+    @cached_property
+    def by_distance_HN(self) -> Tensor:
+        distances = torch.arange(BLOCK_TOKENS + 1, device=self._slopes_H.device)
+        return torch.exp(-self._slopes_H[:, None] * distances)
+
+    @cached_property
+    def causal_HNN(self) -> Tensor:
+        rows = torch.arange(BLOCK_TOKENS, device=self._slopes_H.device)
+        distances = rows[:, None] - rows
+        return self.by_distance_HN[:, distances.clamp(min=0)] * (distances >= 0)
 
 
 def _block(q_THD, k_THD, v_THD, decays, state_SHKV, batch, piece: Piece, o_THD) -> None:
@@ -90,7 +99,7 @@ def _step(q_THD, k_THD, v_THD, decays, state_SHKV, batch, pieces: list[Piece], o
     rows = [piece.start for piece in pieces]
     slots = batch.slots_S[[piece.sequence for piece in pieces]]
     q, k, v = (x[rows].float() for x in (q_THD, k_THD, v_THD))
-    states = decays.by_distance_HN[:, 1, None, None] * state_SHKV[slots]
+    states = decays.one_H[:, None, None] * state_SHKV[slots]
     states += k[..., :, None] * v[..., None, :]
     state_SHKV[slots] = states
     o_THD[rows] = (q[..., None, :] @ states).squeeze(-2).to(o_THD.dtype)

@@ -5,6 +5,7 @@ prompt. Not for real checkpoints, which bring their own.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -54,10 +55,19 @@ yellow, the leaf is green, the stone is grey and the brick is brown. Nothing els
 """
 
 
-def write_tokenizer(folder: Path, vocab_size: int) -> dict[str, int]:
-    """Train on the built-in text, write the files, and return the ids of the special tokens.
+@dataclass(frozen=True)
+class TokenIds:
+    """`wordless` are the ids, the special tokens among them, that stand for no printable text."""
 
-    They come after all others; ids from there up to `vocab_size` stand for nothing. Raises ValueError when `vocab_size` does not hold the 256 bytes and the special tokens.
+    image: int
+    end: int
+    wordless: tuple[int, ...]
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> TokenIds:
+    """Train on the built-in text and write the files. The special tokens come last.
+
+    Raises ValueError when `vocab_size` does not hold the 256 bytes and the special tokens.
     """
     specials = [BEGIN, END, IMAGE]
     if vocab_size < 256 + len(specials):
@@ -81,4 +91,14 @@ def write_tokenizer(folder: Path, vocab_size: int) -> dict[str, int]:
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-    return {token: tokenizer.token_to_id(token) for token in specials}
+    vocabulary = tokenizer.get_vocab()
+    texts = tokenizer.decode_batch([[i] for i in range(vocab_size)])
+    return TokenIds(
+        image=vocabulary[IMAGE],
+        end=vocabulary[END],
+        wordless=tuple(i for i, text in enumerate(texts) if not _is_printable(text)),
+    )
+
+
+def _is_printable(text: str) -> bool:
+    return bool(text) and text.isprintable() and "\ufffd" not in text
