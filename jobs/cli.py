@@ -1,0 +1,206 @@
+"""The `vl01` command: what to type, what is shown, which exit code. What is done is `pipeline`'s.
+
+Imports nothing heavy before a run begins: help and usage errors come at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.markup import escape
+
+from jobs import show
+from jobs.config import TASKS, absolute_address, job_from_file, job_from_flags
+from jobs.flags import with_flags
+from jobs.task import Task
+from schemas.errors import ExitCode, VL01Error
+from schemas.job import Job
+from schemas.rows import Status
+
+# Help is printed as it stands here: lines of at most 76 columns fit a terminal of 80.
+_STATUSES = """[bold]Statuses of a row[/bold]
+  ok          the model answered
+  truncated   the answer was cut at --max-new-tokens
+  failed      there is no answer; the columns reason and message say why"""
+
+_EXIT_CODES = """[bold]Exit codes[/bold]
+  0  every row accounted for (failed rows are rows)
+  1  the run stopped; the same command resumes it
+  2  wrong usage or configuration, found before any model was loaded
+  3  --strict was given and some rows failed
+  4  rows missing or twice"""
+
+_ABOUT = f"""MiniMax-VL-01 over many images: point it at images, get Parquet back.
+
+One row comes out for every image that goes in, also for one that cannot be
+read. A run that was stopped goes on where it was when the same command is
+given again.
+
+[bold]Examples[/bold]
+  vl01 caption photos --output captions --model /models/vl01 --pp 8
+  vl01 verify captions
+
+SOURCE is a folder or a glob of images, WebDataset .tar files, or .parquet
+files with an image column; on disk or at any fsspec address, such as
+s3://bucket/folder. OUT becomes part-*.parquet and _vl01/; pyarrow, pandas,
+DuckDB, Spark and `datasets` read it as it is.
+
+{_EXIT_CODES}"""
+
+_RUN = f"""Run the job in a YAML file: for scheduled runs.
+
+[bold]Example[/bold] of a job.yaml, started with vl01 run job.yaml
+  task: caption
+  source: s3://bucket/photos
+  output: captions/$DATE     # from the environment; ~ is the home folder
+  model: ~/models/vl01
+  pp: 8
+  keep: \\[url, license]      # --keep url --keep license
+
+Every flag has its key, without dashes and with _ for - (--max-pixels is
+max_pixels); vl01 caption --help lists them. Relative paths start at the
+folder of the file, wherever the command is given. Flags and file make the
+same job, so that each resumes what the other began.
+
+{_STATUSES}
+
+{_EXIT_CODES}"""
+
+_VERIFY = """Check that OUT holds every planned row once, and nothing else.
+
+Compares the plan, the commit records and the parts. Changes nothing and
+needs no model.
+
+[bold]Examples[/bold]
+  vl01 verify captions
+  vl01 verify s3://bucket/captions --endpoint-url http://localhost:9000
+
+[bold]Exit codes[/bold]
+  0  every row is there once
+  2  OUT is not the output of a run
+  4  rows missing or twice, or a part is damaged"""
+
+app = typer.Typer(
+    name="vl01",
+    help=_ABOUT,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _ask_for_tracebacks(asked: bool) -> None:
+    if asked:
+        os.environ["VL01_DEBUG"] = "1"
+
+
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug",
+        help="show the traceback of an error; so does VL01_DEBUG=1",
+        callback=_ask_for_tracebacks,
+        metavar="",
+        expose_value=False,
+        is_eager=True,
+    ),
+]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"vl01 {version('vl01-batch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def vl01(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="show the version", callback=_show_version, metavar="", is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Only carries the options of `vl01` itself."""
+
+
+def _task_command(task: Task) -> Callable[..., None]:
+    def command(*, _debug: Debug = False, **values: Any) -> None:
+        _run(job_from_flags(task, values))
+
+    return with_flags(task, command)
+
+
+def _task_help(task: Task) -> str:
+    examples = "\n".join(f"  vl01 {task.name} {escape(example)}" for example in task.examples)
+    parts = task.summary, f"[bold]Examples[/bold]\n{examples}", _STATUSES, _EXIT_CODES
+    return "\n\n".join(parts)
+
+
+for _task in TASKS.values():
+    app.command(_task.name, help=_task_help(_task))(_task_command(_task))
+
+
+@app.command("run", help=_RUN)
+def run_file(
+    job: Annotated[Path, typer.Argument(help="the job, in YAML", metavar="JOB.yaml")],
+    _debug: Debug = False,
+) -> None:
+    _run(job_from_file(job))
+
+
+@app.command(help=_VERIFY)
+def verify(
+    output: Annotated[str, typer.Argument(help="the output of a run", metavar="OUT")],
+    deep: Annotated[bool, typer.Option("--deep", help="read every part too", metavar="")] = False,
+    endpoint_url: Annotated[
+        str | None, typer.Option(help=Job.model_fields["endpoint_url"].description, metavar="TEXT")
+    ] = None,
+    _debug: Debug = False,
+) -> None:
+    from pipeline.verify import verify as check
+
+    verification = check(absolute_address(output, Path.cwd()), endpoint_url, deep)
+    show.verification(verification)
+    raise typer.Exit(ExitCode.OK if verification.ok else ExitCode.UNACCOUNTED)
+
+
+def _run(job: Job) -> NoReturn:
+    try:
+        from pipeline.run import run
+
+        summary = run(job)
+    except KeyboardInterrupt:
+        show.error("stopped. What is committed stays; the same command goes on from there.")
+        raise typer.Exit(ExitCode.STOPPED) from None
+    show.summary(summary)
+    if not summary.complete:
+        raise typer.Exit(ExitCode.UNACCOUNTED)
+    failed = summary.rows.get(Status.FAILED, 0)
+    raise typer.Exit(ExitCode.STRICT if job.strict and failed else ExitCode.OK)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Every way out of `vl01`: one clear line and an exit code, no traceback unless asked for."""
+    try:
+        code = app(arguments, prog_name="vl01", standalone_mode=False)
+    except typer.TyperException as wrong_usage:
+        if wrong_usage.format_message():
+            show.error(wrong_usage.format_message(), "vl01 --help and vl01 COMMAND --help explain.")
+        code = ExitCode.USAGE
+    except VL01Error as refusal:
+        if os.environ.get("VL01_DEBUG") == "1":
+            raise
+        show.error(str(refusal))
+        code = refusal.exit_code
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""From what a user wrote, in flags or in a YAML file, to a Job; every mistake in it is one line.
+
+Knows keys and values; whether paths, checkpoint and hardware are really there is for `pipeline`.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from jobs import caption
+from jobs.task import Task
+from schemas.errors import ConfigError
+from schemas.job import Job
+
+TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK,)}
+
+ADDRESSES = ("source", "output", "model")  # keys that hold a local path or an fsspec address
+
+
+def job_from_flags(task: Task, values: Mapping[str, Any]) -> Job:
+    """The job of a command line; values by Job's keys. Relative paths start at the working folder.
+
+    Raises ConfigError, which names the flags.
+    """
+    return _make_job(dict(values) | {"task": task.name}, Path.cwd(), flag)
+
+
+def job_from_file(path: str | Path) -> Job:
+    """The job in a YAML file: a mapping of Job's keys.
+
+    Its relative paths start at the folder of the file, so that the file means the same wherever
+    it is run from. `~` and `$VARIABLE` are filled in in source, output and model.
+    Raises ConfigError, which names the file and the keys.
+    """
+    path = Path(path)
+    values = _read_yaml(path)
+    try:
+        values = values | {
+            key: _fill_variables(key, values[key])
+            for key in ADDRESSES
+            if isinstance(values.get(key), str)
+        }
+        return _make_job(values, path.absolute().parent, str)
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
+
+
+def flag(key: str) -> str:
+    """How a user of the command line knows a key of Job."""
+    return "SOURCE" if key == "source" else "--" + key.replace("_", "-")
+
+
+def _make_job(values: dict[str, Any], folder: Path, name: Callable[[str], str]) -> Job:
+    """name: how the user knows a key. Raises ConfigError, one line for each mistake."""
+    task = TASKS.get(str(values.get("task")), caption.TASK)  # Job refuses a task it does not know
+    values = dict(task.defaults) | values
+    try:
+        job = Job.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(details, name) for details in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+    return job.model_copy(
+        update={key: absolute_address(getattr(job, key), folder) for key in ADDRESSES}
+    )
+
+
+def absolute_address(address: str, folder: Path) -> str:
+    """A local path made absolute, `~` filled in; an address with a scheme (`s3://`) as it is."""
+    if "://" in address:
+        return address
+    return os.path.abspath(folder / Path(address).expanduser())
+
+
+def _explain(details: ErrorDetails, name: Callable[[str], str]) -> str:
+    """One line for one of pydantic's complaints."""
+    key, *place = details["loc"]
+    key = str(key)
+    if details["type"] == "extra_forbidden":
+        return _unknown_key(key)
+    if details["type"] == "missing":
+        return f"{name(key)} is missing: {Job.model_fields[key].description}"
+    where = name(key) + "".join(f"[{index}]" for index in place)
+    # "Input should be a valid integer, unable to parse ...": what is wanted is in the middle.
+    wanted = re.sub(r"^.* should |, (unable|got) .*$", "", details["msg"]).replace("tuple", "list")
+    return f"{where} is {details['input']!r}; it should {wanted}"
+
+
+def _unknown_key(key: str) -> str:
+    near = difflib.get_close_matches(key.replace("-", "_"), Job.model_fields, n=1)
+    advice = f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(Job.model_fields)
+    return f"unknown key {key!r}; {advice}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without surprises: a key given twice is an error, not the later one's victory."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ConfigError(f"{node.start_mark.name}: {', '.join(twice)} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            values = yaml.load(file, _Loader)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not text in UTF-8; expected a YAML file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"{path}{line} is not YAML: {problem}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no job; expected lines such as 'source: photos'")
+    return {str(key): value for key, value in values.items()}
+
+
+def _fill_variables(key: str, address: str) -> str:
+    filled = os.path.expandvars(address)
+    left = re.search(r"\$(\w+|\{\w+\})", filled)
+    if left:
+        raise ConfigError(f"{key} is {address!r}, but {left.group()} is not set")
+    return filled

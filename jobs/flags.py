@@ -1,0 +1,88 @@
+"""The flags of a task's command, made from the fields of Job: each key is written once, there."""
+
+import inspect
+from collections.abc import Callable
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from rich.markup import escape
+
+from jobs.config import flag
+from jobs.task import Task
+from schemas.job import Job
+
+# The panel of the help that shows a key; a key in none of them stands with --help.
+_PANELS = {
+    "Input and output": "output image_column keep unit_rows max_pixels max_bytes decode_seconds "
+    "exif_rotate endpoint_url",
+    "Model": "model quantization dtype device chunk_tokens max_sequences cache_gib",
+    "Prompt and answer": "prompt system max_new_tokens temperature top_p seed stop",
+    "Cluster": "pp replicas prepare_workers address",
+}
+_PANEL_OF = {key: panel for panel, keys in _PANELS.items() for key in keys.split()}
+
+
+def with_flags(task: Task, command: Callable[..., None]) -> Callable[..., None]:
+    """`command(**values)` with a flag for every key of Job but `task`, ready for typer; other
+    keyword parameters that it names stay.
+
+    Values arrive as text, lists of text and bools: Job alone judges them, so that a wrong value
+    reads the same in a flag as in a file.
+    """
+    named = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
+    fields = {key: field for key, field in Job.model_fields.items() if key != "task"}
+    parameters = [_parameter(key, field, task) for key, field in fields.items()] + named
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _parameter(key: str, field: FieldInfo, task: Task) -> inspect.Parameter:
+    default = task.defaults.get(key, field.get_default())
+    value = _value_type(field.annotation)
+    typed: Any = str | None
+    if value is bool:
+        typed = bool
+    elif get_origin(value) is tuple:
+        typed, default = list[str], list(default)
+    elif default is PydanticUndefined:
+        typed, default = str, inspect.Parameter.empty
+    elif default is not None:
+        default = f"{default:g}" if value is float else str(default)
+    return inspect.Parameter(
+        key,
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[typed, _shape(key, field, value)],
+        default=default,
+    )
+
+
+def _shape(key: str, field: FieldInfo, value: Any) -> Any:
+    """How typer shows and reads it."""
+    help_text = escape(field.description or "")
+    if key == "source":
+        return typer.Argument(help=help_text, metavar=flag(key))
+    if get_origin(value) is tuple:
+        help_text += "; may be repeated"
+    return typer.Option(
+        flag(key),
+        help=help_text,
+        metavar="" if value is bool else _metavar(value),
+        rich_help_panel=_PANEL_OF.get(key),
+    )
+
+
+def _value_type(annotation: Any) -> Any:
+    """The bare type of a field: `Positive | None` is int."""
+    while get_origin(annotation) not in (None, tuple, Literal):
+        annotation = next(part for part in get_args(annotation) if part is not NoneType)
+    return annotation
+
+
+def _metavar(value: Any) -> str:
+    if get_origin(value) is Literal:
+        return "|".join(get_args(value))
+    return {int: "INTEGER", float: "NUMBER"}.get(value, "TEXT")

@@ -1,0 +1,58 @@
+"""What a command says at its end: results on standard output, what went wrong on standard error."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from schemas.report import Summary
+
+if TYPE_CHECKING:
+    pass
+
+
+def error(message: str, advice: str = "") -> None:
+    console = Console(stderr=True, soft_wrap=True)
+    for line in message.splitlines():
+        console.print(f"[bold red]vl01:[/] {escape(line)}", highlight=False)
+    if advice:
+        console.print(escape(advice), style="dim", highlight=False)
+
+
+def summary(result: Summary) -> None:
+    """Rows by status, tokens, time in each stage, where the output is."""
+    units = f"{result.committed_units:,} of {result.planned_units:,} units are committed"
+    _facts(
+        {
+            "output": f"{result.output} ({units})",
+            "rows": _counts(result.rows) or "none: all was done before",
+            "failures": _counts(result.reasons),
+            "tokens": f"{result.prompt_tokens:,} read, {result.output_tokens:,} written",
+            "time": _time(result),
+            "stages": _stages(result),
+        }
+    )
+
+
+def _facts(facts: dict[str, str]) -> None:
+    grid = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        if value:
+            grid.add_row(f"[bold]{name}[/]", escape(value))
+    Console(soft_wrap=True).print(grid)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()) if count)
+
+
+def _time(result: Summary) -> str:
+    rows = sum(result.rows.values())
+    rate = f", {rows / result.seconds:,.2f} rows/s" if rows and result.seconds else ""
+    return f"{result.seconds:,.1f} s{rate}"
+
+
+def _stages(result: Summary) -> str:
+    busy = ", ".join(f"{stage} {seconds:,.1f} s" for stage, seconds in result.stage_seconds.items())
+    return f"{busy} (busy time, summed over workers)" if busy else ""

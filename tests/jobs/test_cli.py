@@ -1,0 +1,195 @@
+"""The `vl01` command: help that teaches, one clear line for a mistake, the promised exit codes."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jobs.cli import main
+from schemas.errors import CheckpointError, EngineError, ExitCode
+from schemas.job import Job
+from schemas.report import Summary
+
+CAPTION = ["caption", "photos", "--output", "out", "--model", "ckpt"]
+
+
+@pytest.fixture
+def vl01(capsys, monkeypatch):
+    """Runs the command; returns exit code, standard output and standard error."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("VL01_DEBUG", raising=False)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as leaving:
+            main(list(arguments))
+        captured = capsys.readouterr()
+        code = leaving.value.code
+        assert isinstance(code, int)
+        return code, captured.out, captured.err
+
+    return run
+
+
+class Flow:
+    """Stands in for pipeline.run: keeps what it was asked for, answers as it was told to."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.answer: Summary | BaseException = Summary("out", 1, 1, {"ok": 3})
+
+    def run(self, job: Job) -> Summary:
+        self.jobs.append(job)
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def flow(monkeypatch):
+    flow = Flow()
+    monkeypatch.setitem(sys.modules, "pipeline.run", flow)
+    return flow
+
+
+def test_help_comes_at_once_and_loads_nothing_heavy():
+    check = (
+        "import sys\nfrom jobs.cli import main\n"
+        "try: main(['caption', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'ray', 'transformers', 'pandas'} & set(sys.modules)))"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert time.monotonic() - start < 10  # a second when the machine has nothing else to do
+
+
+def test_a_stranger_finds_the_way_from_the_top_level_help(vl01):
+    code, out, _ = vl01("--help")
+    assert code == 0
+    for word in ("vl01 caption photos --output captions", "vl01 verify captions", "Exit codes"):
+        assert word in out
+    unwrapped = "read. A run that was stopped goes on where it was when the same command is"
+    assert unwrapped in [line.strip() for line in out.splitlines()]
+
+
+@pytest.mark.parametrize("command", ["caption", "run", "verify"])
+def test_every_command_explains_itself(vl01, command):
+    code, out, _ = vl01(command, "--help")
+    assert code == 0
+    assert "Example" in out
+    assert "Exit codes" in out
+
+
+def test_every_key_of_a_job_is_a_flag_with_its_description_and_default(vl01):
+    _, out, _ = vl01("caption", "--help")
+    words = " ".join(out.replace("│", " ").split())
+    for key, field in Job.model_fields.items():
+        if key not in ("task", "source"):
+            assert f"--{key.replace('_', '-')} " in words
+            assert (field.description or "").split(";")[0].split()[0] in words
+    assert "[default: 256]" in words
+    assert "Describe this image" in words
+
+
+def test_flags_arrive_in_the_job(vl01, flow):
+    code, _, _ = vl01(
+        *CAPTION, "--pp", "2", "--keep", "url", "--keep", "license", "--exif-rotate",
+        "--temperature", "0.5", "--cache-gib", "1.5", "--quantization", "none",
+    )  # fmt: skip
+    assert code == 0
+    job = flow.jobs[0]
+    assert (job.task, job.pp, job.keep, job.exif_rotate) == ("caption", 2, ("url", "license"), True)
+    assert (job.temperature, job.cache_gib, job.quantization) == (0.5, 1.5, "none")
+    assert job.stop == ()
+    assert job.endpoint_url is None
+
+
+def test_a_job_file_runs_the_same_job_as_the_flags(vl01, flow, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text("source: photos\noutput: out\nmodel: ckpt\npp: 4\n")
+    assert vl01("run", "job.yaml")[0] == vl01(*CAPTION, "--pp", "4")[0] == 0
+    from_file, from_flags = flow.jobs
+    assert from_file == from_flags
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["caption"], "Missing argument 'SOURCE'"),
+        (["caption", "photos", "--output", "out"], "Missing option '--model'"),
+        ([*CAPTION, "--promt", "x"], "No such option: --promt (Possible options: --prompt)"),
+        ([*CAPTION, "--pp", "0"], "--pp is '0'; it should be greater than or equal to 1"),
+        ([*CAPTION, "--pp", "two"], "--pp is 'two'; it should be a valid integer"),
+        ([*CAPTION, "--dtype", "int4"], "it should be 'auto', 'float32' or 'bfloat16'"),
+        ([*CAPTION, "more"], "unexpected extra argument"),
+        (["capton"], "No such command 'capton'. Did you mean 'caption'?"),
+        (["run", "nowhere.yaml"], "cannot read nowhere.yaml: No such file or directory"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(vl01, flow, arguments, expected):
+    code, out, err = vl01(*arguments)
+    assert code == ExitCode.USAGE
+    assert err.startswith("vl01: ")
+    assert expected in err.splitlines()[0]
+    assert "Traceback" not in out + err
+    assert flow.jobs == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "flags", "expected"),
+    [
+        (Summary("out", 2, 2, {"ok": 5}), [], ExitCode.OK),
+        (Summary("out", 2, 2, {"ok": 4, "failed": 1}), [], ExitCode.OK),
+        (Summary("out", 2, 2, {"ok": 4, "failed": 1}), ["--strict"], ExitCode.STRICT),
+        (Summary("out", 2, 2, {"ok": 4, "truncated": 1}), ["--strict"], ExitCode.OK),
+        (Summary("out", 2, 1, {"ok": 4}), [], ExitCode.UNACCOUNTED),
+        (EngineError("the replica died six times"), [], ExitCode.STOPPED),
+        (CheckpointError("ckpt is no checkpoint"), [], ExitCode.USAGE),
+        (KeyboardInterrupt(), [], ExitCode.STOPPED),
+    ],
+)
+def test_the_exit_code_says_how_a_run_ended(vl01, flow, answer, flags, expected):
+    flow.answer = answer
+    code, _, err = vl01(*CAPTION, *flags)
+    assert code == expected
+    assert "Traceback" not in err
+    if isinstance(answer, BaseException):
+        assert (str(answer) or "the same command goes on") in err
+
+
+@pytest.mark.parametrize("how", ["flag", "variable"])
+def test_the_traceback_of_an_error_can_be_had(flow, monkeypatch, how):
+    monkeypatch.setenv("VL01_DEBUG", "1" if how == "variable" else "0")
+    flow.answer = EngineError("the replica died")
+    with pytest.raises(EngineError, match="the replica died"):
+        main([*CAPTION, *(["--debug"] if how == "flag" else [])])
+
+
+def test_the_summary_tells_rows_reasons_tokens_times_and_place(vl01, flow):
+    flow.answer = Summary(
+        output="/data/captions",
+        planned_units=3,
+        committed_units=3,
+        rows={"ok": 1200, "failed": 2},
+        reasons={"decode_error": 1, "empty_file": 1},
+        prompt_tokens=2_400_000,
+        output_tokens=99_000,
+        seconds=60.0,
+        stage_seconds={"read": 1.0, "generate": 58.5},
+    )
+    _, out, _ = vl01(*CAPTION)
+    assert "/data/captions (3 of 3 units are committed)" in out
+    assert "1,200 ok" in out
+    assert "2 failed" in out
+    assert "1 decode_error, 1 empty_file" in out
+    assert "2,400,000 read, 99,000 written" in out
+    assert "60.0 s, 20.03 rows/s" in out
+    assert "generate 58.5 s" in out
+
+
+def test_the_version_is_told(vl01):
+    code, out, _ = vl01("--version")
+    assert code == 0
+    assert out.startswith("vl01 0.")

@@ -1,0 +1,144 @@
+"""What a user writes becomes the job that he means, or one line that says what is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs import caption
+from jobs.config import job_from_file, job_from_flags
+from schemas.errors import ConfigError
+
+REQUIRED = "source: photos\noutput: out\nmodel: ckpt\n"
+
+
+def job_file(folder: Path, text: str) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(folder: Path, text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        job_from_file(job_file(folder, text))
+    return str(caught.value)
+
+
+def test_a_misspelt_key_is_not_ignored(tmp_path):
+    message = refusal(tmp_path, REQUIRED + "max_new_token: 5\n")
+    assert message == (
+        f"{tmp_path}/job.yaml: unknown key 'max_new_token'; did you mean 'max_new_tokens'?"
+    )
+
+
+def test_a_flag_written_as_a_key_is_recognised(tmp_path):
+    assert "did you mean 'max_pixels'?" in refusal(tmp_path, REQUIRED + "max-pixels: 5\n")
+
+
+def test_a_key_like_no_other_lists_the_known_ones(tmp_path):
+    message = refusal(tmp_path, REQUIRED + "zzz: 5\n")
+    assert "unknown key 'zzz'; known are task, source, output" in message
+
+
+def test_every_mistake_is_named_in_a_line_of_its_own(tmp_path):
+    lines = refusal(tmp_path, "source: a\nmodel: m\npp: 0\nkeep: url\n").splitlines()
+    assert [line.removeprefix(f"{tmp_path}/job.yaml: ") for line in lines] == [
+        "output is missing: the folder of the dataset that is written",
+        "keep is 'url'; it should be a valid list",
+        "pp is 0; it should be greater than or equal to 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("pp: two", "pp is 'two'; it should be a valid integer"),
+        ("pp: 1.5", "pp is 1.5; it should be a valid integer"),
+        ("prompt: 7", "prompt is 7; it should be a valid string"),
+        ("prompt: ''", "prompt is ''; it should have at least 1 character"),
+        ("stop: [a, 7]", "stop[1] is 7; it should be a valid string"),
+        ("quantization: int4", "quantization is 'int4'; it should be 'int8' or 'none'"),
+        ("strict: perhaps", "strict is 'perhaps'; it should be a valid boolean"),
+        ("top_p: 0", "top_p is 0; it should be greater than 0"),
+        ("task: capton", "task is 'capton'; it should be 'caption'"),
+        ("source: other", "source is given twice"),
+    ],
+)
+def test_a_wrong_value_is_one_clear_line(tmp_path, line, expected):
+    assert refusal(tmp_path, REQUIRED + line) == f"{tmp_path}/job.yaml: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- a\n- b\n", "holds no job"),
+        ("", "holds no job"),
+        ("just words", "holds no job"),
+        ("source: [a\n", "line 2 is not YAML"),
+        ("source: a\n\tpp: 2\n", "line 2 is not YAML"),
+    ],
+)
+def test_a_file_that_is_no_job_is_refused_by_name(tmp_path, text, expected):
+    message = refusal(tmp_path, text)
+    assert expected in message
+    assert str(tmp_path / "job.yaml") in message
+    assert "\n" not in message
+
+
+def test_a_job_file_that_is_not_there_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read .*none\.yaml: No such file"):
+        job_from_file(tmp_path / "none.yaml")
+
+
+def test_a_job_file_that_is_a_photograph_is_refused(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(ConfigError, match="not text in UTF-8"):
+        job_from_file(path)
+
+
+def test_a_job_file_means_the_same_from_any_folder(tmp_path, monkeypatch):
+    path = job_file(tmp_path, REQUIRED)
+    job = job_from_file(path)
+    assert job.source == str(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path.parent)
+    assert job_from_file(Path(tmp_path.name) / "job.yaml") == job
+
+
+def test_home_and_variables_are_filled_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("DAY", "2024-05-01")
+    job = job_from_file(
+        job_file(tmp_path, "source: s3://photos/$DAY\noutput: ~/${DAY}\nmodel: ../ckpt\n")
+    )
+    assert job.source == "s3://photos/2024-05-01"
+    assert job.output == "/home/ada/2024-05-01"
+    assert job.model == str(tmp_path.parent / "ckpt")
+
+
+def test_a_variable_that_is_not_set_does_not_become_a_folder_name(tmp_path, monkeypatch):
+    monkeypatch.delenv("DAY", raising=False)
+    message = refusal(tmp_path, "source: photos\noutput: out/$DAY\nmodel: ckpt\n")
+    assert "output is 'out/$DAY', but $DAY is not set" in message
+
+
+def test_a_prompt_is_not_searched_for_variables(tmp_path):
+    job = job_from_file(job_file(tmp_path, REQUIRED + "prompt: What costs $5 here?\n"))
+    assert job.prompt == "What costs $5 here?"
+
+
+def test_flags_and_file_make_the_same_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"source": "photos", "output": "out", "model": "ckpt", "pp": "2", "keep": ["url"]}
+    from_flags = job_from_flags(caption.TASK, values)
+    from_file = job_from_file(job_file(tmp_path, REQUIRED + "pp: 2\nkeep: [url]\n"))
+    assert from_flags == from_file
+    assert from_flags.prompt == caption.TASK.defaults["prompt"]
+
+
+def test_a_mistake_in_flags_is_told_in_flags():
+    with pytest.raises(ConfigError) as caught:
+        job_from_flags(caption.TASK, {"output": "out", "model": "ckpt", "max_pixels": "0"})
+    assert str(caught.value).splitlines() == [
+        "SOURCE is missing: a folder, a glob, a .tar, a .parquet, or one image",
+        "--max-pixels is '0'; it should be greater than or equal to 1",
+    ]
