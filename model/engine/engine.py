@@ -86,6 +86,11 @@ class Engine:
         return len(self._live)
 
     @property
+    def rank_pids(self) -> list[int]:
+        """The process of each rank; this one when there is only one."""
+        return self._ranks.pids
+
+    @property
     def statistics(self) -> EngineStatistics:
         return replace(self._statistics, preemptions=self._scheduler.preemptions)
 

@@ -1,5 +1,6 @@
 """The one rank of an engine that needs no more: in this process, without torch.distributed."""
 
+import os
 from collections import deque
 from collections.abc import Sequence
 
@@ -24,6 +25,10 @@ class RankInProcess:
         )
         self._rank.allocate(self.capacity)
         self._sampled: deque[Sampled] = deque()
+
+    @property
+    def pids(self) -> list[int]:
+        return [os.getpid()]
 
     @torch.inference_mode()
     def submit(self, images: Sequence[Image], microbatch: Microbatch) -> None:

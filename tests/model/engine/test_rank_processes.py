@@ -1,0 +1,117 @@
+"""Ranks in processes of their own: the same tokens, and no hang or orphan when one dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from model.engine.config import EngineConfig
+from model.engine.engine import Engine
+from model.engine.memory import Capacity
+from model.engine.microbatch import Microbatch
+from model.engine.plan import Plan, Segment
+from schemas.errors import ConfigError, EngineError
+from tests.model.engine.conftest import text_request, tight_memory, token_ids
+
+
+def _config(checkpoint, ranks: int, **settings) -> EngineConfig:
+    settings = {"max_sequences": 32, "chunk_tokens": 192, "threads": 1, **settings}
+    return EngineConfig(str(checkpoint), device="cpu", ranks=ranks, **settings)
+
+
+def _gone(pids: list[int], within: float = 10.0) -> bool:
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        if not any(_alive(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_four_ranks_give_the_tokens_of_one(checkpoint, requests, expected):
+    with Engine(_config(checkpoint, 4)) as engine:
+        pids = engine.rank_pids
+        assert token_ids(list(engine.generate(requests))) == expected
+    assert _gone(pids, within=1.0)
+
+
+def test_ranks_outlive_the_thread_that_made_the_engine_and_a_dead_one_is_named(
+    checkpoint, requests, expected, model
+):
+    made = []
+    # Little memory as well, so that ranks save and restore: the second has the softmax layer.
+    config = _config(checkpoint, 2, **tight_memory(model, range(4, 8), slots=8, blocks=18))
+    thread = threading.Thread(target=lambda: made.append(Engine(config)))
+    thread.start()
+    thread.join()
+    (engine,) = made
+    assert engine.capacity == Capacity(8, 18)
+    assert token_ids(list(engine.generate(requests))) == expected
+
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    pids = engine.rank_pids
+    os.kill(pids[1], signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=rf"^rank 1 of 2 \(pid {pids[1]}\) was killed by SIGKILL"):
+        list(engine.generate([]))
+    assert time.monotonic() - started < 8
+    assert _gone(pids, within=1.0)
+    with pytest.raises(EngineError, match="rank 1 of 2"):
+        engine.step()
+    engine.close()
+
+
+def test_the_traceback_of_a_failing_rank_reaches_the_caller(checkpoint):
+    with Engine(_config(checkpoint, 2)) as engine:
+        image = engine._model.image_token_id
+        request = text_request("no-features", 3)
+        request.token_ids[1] = image
+        plan = Plan(0, (), (), (Segment(0, 0, (0,), 0, 3, False, True),))
+        engine._ranks.submit([], Microbatch(plan, request.token_ids, ()))
+        with pytest.raises(
+            EngineError, match=r"(?s)rank 0 of 2 .*exit code 1.*Traceback.*KeyError"
+        ):
+            engine._ranks.receive()
+
+
+def test_what_a_rank_finds_wanting_is_a_config_error(checkpoint):
+    (checkpoint / "model.safetensors.index.json").rename(checkpoint / "hidden")
+    try:
+        with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json"):
+            Engine(_config(checkpoint, 2))
+    finally:
+        (checkpoint / "hidden").rename(checkpoint / "model.safetensors.index.json")
+
+
+def test_no_rank_is_left_when_the_coordinator_is_killed(checkpoint):
+    program = f"""
+import time
+from model.engine.config import EngineConfig
+from model.engine.engine import Engine
+engine = Engine(EngineConfig({str(checkpoint)!r}, device="cpu", ranks=2, threads=1))
+print(*engine.rank_pids, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    ) as coordinator:
+        assert coordinator.stdout is not None
+        pids = [int(pid) for pid in coordinator.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(map(_alive, pids))
+        coordinator.kill()
+        assert _gone(pids)

@@ -1,0 +1,96 @@
+"""Choosing tokens, against a slow twin in Python floats and against the distribution itself."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from model.engine.sampling import Draw, choose, uniform
+
+
+def _choose_slowly(logits: list[float], draw: Draw) -> int:
+    if draw.temperature == 0:
+        return max(range(len(logits)), key=lambda token: logits[token])
+    highest = max(logits)
+    weights = [math.exp((logit - highest) / draw.temperature) for logit in logits]
+    probs = sorted(
+        ((weight / sum(weights), token) for token, weight in enumerate(weights)),
+        key=lambda pair: -pair[0],
+    )
+    nucleus, mass = [], 0.0
+    for prob, token in probs:
+        nucleus.append((prob, token))
+        mass += prob
+        if mass >= draw.top_p:
+            break
+    left = draw.uniform * mass
+    for prob, token in nucleus:
+        left -= prob
+        if left < 0:
+            return token
+    return nucleus[-1][1]
+
+
+def test_tokens_are_those_of_the_slow_twin():
+    generator = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
+    logits = torch.randn(400, 50, generator=generator) * 3
+    draws = [
+        Draw(rng.choice([0.0, 0.3, 1.0, 2.5]), rng.choice([0.05, 0.5, 0.9, 1.0]), rng.random())
+        for _ in range(400)
+    ]
+    tokens, logprobs = choose(logits, draws)
+    slow = [_choose_slowly(row, draw) for row, draw in zip(logits.tolist(), draws, strict=True)]
+    assert list(tokens) == slow
+    exact = torch.log_softmax(logits.double(), -1)[range(400), list(tokens)]
+    torch.testing.assert_close(torch.tensor(logprobs).double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (2.0, 0.5)])
+def test_draws_follow_the_distribution(temperature, top_p):
+    count = 20_000
+    logits = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, -4.0])
+    draws = [Draw(temperature, top_p, uniform(7, position)) for position in range(count)]
+    tokens, _ = choose(logits.repeat(count, 1), draws)
+    probs = torch.softmax(logits / temperature, -1).double()
+    outside = probs.cumsum(-1) - probs >= top_p
+    probs = probs.masked_fill(outside, 0) / probs.masked_fill(outside, 0).sum()
+    seen = torch.bincount(torch.tensor(tokens), minlength=6)
+    assert not seen[outside].any()
+    deviation = (seen - count * probs).abs() / (count * probs * (1 - probs)).sqrt().clamp(min=1)
+    assert deviation.max() < 4
+
+
+def test_a_rows_token_does_not_depend_on_the_rows_beside_it():
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(33, 20_011, generator=generator) * 2
+    draws = [Draw(row % 3 * 0.5, 0.9 + row % 2 * 0.1, uniform(row, 5)) for row in range(33)]
+    together = choose(logits, draws)
+    alone = [choose(logits[row : row + 1], [draws[row]]) for row in range(33)]
+    assert together[0] == tuple(tokens[0] for tokens, _ in alone)
+    assert together[1] == tuple(logprobs[0] for _, logprobs in alone)
+
+
+def test_impossible_tokens_are_never_drawn_and_uniforms_at_the_ends_are_safe():
+    logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
+    for u in (0.0, 0.25, 0.5, 1 - 2**-53):
+        for top_p in (1e-9, 0.5, 1.0):
+            (token,), (logprob,) = choose(logits, [Draw(1.0, top_p, u)])
+            assert token in (1, 2)
+            assert logprob == pytest.approx(math.log(0.5))
+
+
+def test_uniforms_depend_on_seed_and_position_alone_and_look_uniform():
+    # Values of SplitMix64 do not change between versions, so neither does anyone's text.
+    assert uniform(0, 1) == 0.8833108082136426
+    numbers = np.array([[uniform(seed, position) for position in range(200)] for seed in range(50)])
+    assert len(np.unique(numbers)) == numbers.size
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    counts, _ = np.histogram(numbers, bins=20, range=(0, 1))
+    assert ((counts - 500) ** 2 / 500).sum() < 44  # chi-squared, 19 degrees of freedom, p = 0.001
+    assert abs(np.corrcoef(numbers[:, :-1].ravel(), numbers[:, 1:].ravel())[0, 1]) < 0.04
+    assert abs(np.corrcoef(numbers[:-1].ravel(), numbers[1:].ravel())[0, 1]) < 0.04
+    assert uniform(2**70 + 3, 4) == uniform(3, 4)
+    assert 0 <= uniform(-5, 10**6) < 1
