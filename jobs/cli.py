@@ -90,6 +90,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,  # an unexpected error is a bug: show it as Python does
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -34,7 +34,7 @@ SKIMAGE_PHOTOGRAPHS = (
     *("page.png", "retina.jpg", "rocket.jpg", "text.png"),
 )
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -162,7 +162,7 @@ def read_back() -> None:
 
 
 def failed(table: pa.Table) -> pa.Table:
-    return table.filter(pc.equal(table["status"], "failed"))
+    return table.filter(pc.field("status") == "failed")
 
 
 def show_rows(rows: pa.Table) -> None:
