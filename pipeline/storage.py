@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -64,10 +65,25 @@ def list_names(
     enter: whether to look into a folder; one that is not entered is yielded as `name/`. S3, which
     has no folders, ignores it. Holds the names of one folder (of one page on S3). Raises OSError.
     """
-    if "s3" in fs.protocol:
-        return _list_s3(fs, root)
+    if _is_s3(fs):
+        return _list_s3(fs, root, "")
     entries = _local_entries if is_local(fs) else _entries
     return _walk(lambda folder: entries(fs, f"{root}/{folder}".rstrip("/")), "", enter)
+
+
+def list_flat(fs: AbstractFileSystem, root: str, prefix: str = "") -> Iterator[str]:
+    """The files right in `root` whose names begin with `prefix`, in any order; none if there is
+    no such folder. Raises OSError."""
+    if _is_s3(fs):
+        yield from (name for name in _list_s3(fs, root, prefix) if "/" not in name)
+        return
+    entries = _local_entries if is_local(fs) else _entries
+    try:
+        for name, is_folder in entries(fs, root):
+            if not is_folder and name.startswith(prefix):
+                yield name
+    except FileNotFoundError:
+        return
 
 
 def _walk(
@@ -107,16 +123,20 @@ def _entries(fs: AbstractFileSystem, path: str) -> Iterator[tuple[str, bool]]:
         yield name, info["type"] == "directory"
 
 
-def _list_s3(fs: Any, root: str) -> Iterator[str]:
+def _is_s3(fs: AbstractFileSystem) -> bool:
+    return "s3" in fs.protocol
+
+
+def _list_s3(fs: Any, root: str, prefix: str) -> Iterator[str]:
     """Pages of the flat listing: s3fs's own listing holds a dict for each of a million objects."""
     bucket, key, _ = fs.split_path(root)
-    prefix = f"{key}/" if key else ""
-    request = {"Bucket": bucket, "Prefix": prefix}
+    folder = f"{key}/" if key else ""
+    request = {"Bucket": bucket, "Prefix": folder + prefix}
     while True:
         page = fs.call_s3("list_objects_v2", **request)
         for item in page.get("Contents", []):
             if not item["Key"].endswith("/"):  # a marker of an empty folder
-                yield item["Key"][len(prefix) :]
+                yield item["Key"][len(folder) :]
         if not page.get("IsTruncated"):
             return
         request["ContinuationToken"] = page["NextContinuationToken"]
@@ -211,32 +231,40 @@ class PatientFile:
 # Writing
 
 
+def make_folder(fs: AbstractFileSystem, path: str) -> None:
+    if not _is_s3(fs):  # it has no folders, and s3fs would make the bucket
+        fs.makedirs(path, exist_ok=True)
+
+
 def write_whole(fs: AbstractFileSystem, path: str, data: bytes, scratch: str) -> None:
     """A file that is there whole or not at all, also when the process or the machine dies.
 
     scratch: a folder on the same disk for the unfinished file; object stores need none, since
-    their one PUT is atomic. Raises OSError.
+    their one PUT is atomic. Raises what the storage raises.
     """
     if not is_local(fs):
         patiently(lambda: fs.pipe_file(path, data))
         return
-    unfinished = Path(scratch) / f"{os.getpid()}-{Path(path).name}"
-    with open(unfinished, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    unfinished = Path(scratch) / uuid4().hex
+    unfinished.write_bytes(data)
     put_in_place(fs, unfinished, path)
 
 
 def put_in_place(fs: AbstractFileSystem, unfinished: Path, path: str) -> None:
-    """Gives a finished file of this machine its name; on this disk it must be there already."""
+    """Moves a finished file of this machine to its place. When that is a place on this machine
+    too, it must be on the same disk."""
     if not is_local(fs):
         patiently(lambda: fs.put_file(str(unfinished), path))
         unfinished.unlink()
         return
+    _sync(unfinished, os.O_RDWR)
     os.replace(unfinished, path)
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    _sync(Path(path).parent, os.O_RDONLY)  # the new name itself must survive a power cut
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
-        os.fsync(folder)  # the new name itself must survive a power cut
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

@@ -1,0 +1,36 @@
+"""GENERATED rows into OUTPUT rows: gives each its status. Knows neither storage nor units."""
+
+import pyarrow as pa
+
+from schemas.errors import Reason
+from schemas.requests import FinishReason
+from schemas.rows import GENERATED, OUTPUT, Status, with_kept
+
+
+def finish(rows: pa.Table) -> pa.Table:
+    """The same rows, in the same order, in the OUTPUT schema followed by the kept columns."""
+    kept = pa.schema(list(rows.schema)[len(GENERATED) :])
+    verdicts = [
+        _verdict(row["row_id"], row["reason"], row["finish_reason"])
+        for row in rows.select(["row_id", "reason", "finish_reason"]).to_pylist()
+    ]
+    found = {
+        **{name: rows[name] for name in rows.column_names},
+        "status": pa.array([status.value for status, _ in verdicts], pa.string()),
+        "reason": pa.array([reason for _, reason in verdicts], pa.string()),
+    }
+    schema = with_kept(OUTPUT, kept)
+    return pa.table([found[name] for name in schema.names], schema)
+
+
+def _verdict(
+    row_id: str, reason: str | None, finish_reason: str | None
+) -> tuple[Status, str | None]:
+    """Status and reason. A row with neither an answer nor a reason is a bug: ValueError."""
+    if finish_reason == FinishReason.LENGTH:
+        return Status.TRUNCATED, Reason.MAX_NEW_TOKENS.value
+    if finish_reason:
+        return Status.OK, None
+    if reason:
+        return Status.FAILED, reason
+    raise ValueError(f"row {row_id} has neither an answer nor a reason why not")

@@ -1,0 +1,245 @@
+"""What OUT holds beside its rows: the job, the plan, and a record for each unit that is done.
+
+    OUT/part-000000123.parquet        the rows of unit 123; count only with its record
+    OUT/_vl01/job.json                the job and its fingerprint; written last, seals the plan
+    OUT/_vl01/plan.parquet            the units, and the schema of the kept columns
+    OUT/_vl01/commits/000000123.json  unit 123 is done
+    OUT/_vl01/tmp/                    unfinished files (on a disk; object stores need none)
+
+Every file appears whole or not at all. Who may write is for lease.py.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.plan import Plan
+from pipeline.plan_file import PlanTotals, read_kept, read_plan, write_plan
+from pipeline.storage import (
+    PatientFile,
+    full_address,
+    is_local,
+    list_flat,
+    list_names,
+    make_folder,
+    open_fs,
+    patiently,
+    put_in_place,
+    write_whole,
+)
+from schemas.errors import ConfigError, LedgerError
+from schemas.job import Job
+from schemas.ledger import CommitRecord
+
+LAYOUT = 1  # of this folder; another one is not read
+_PART = re.compile(r"part-(\d{9})\.parquet")
+_RECORD = re.compile(r"(\d{9})\.json")
+_VERSIONS = ("vl01-batch", "torch", "transformers", "ray", "pyarrow")
+# `datasets` would take the JSON and Parquet files of _vl01 for data; others skip the underscore.
+_FOR_DATASETS = "configs:\n- config_name: default\n  data_files: part-*.parquet\n"
+
+
+class Ledger:
+    """One output folder. The attributes below are there once `resume` or `create` opened it."""
+
+    job: dict[str, Any]  # what job.json holds
+    kept: pa.Schema  # the columns carried over from the source
+    totals: PlanTotals
+
+    def __init__(self, output: str, endpoint_url: str | None = None) -> None:
+        self.fs, self.root = open_fs(output, endpoint_url)
+        self.output = full_address(self.fs, self.root)
+
+    # Opening
+
+    def prepare(self) -> None:
+        """Makes sure that OUT can be written and is ours or empty. Raises ConfigError."""
+        try:
+            if self.fs.isfile(self.root):
+                raise ConfigError(f"cannot write to {self.output}: it is a file, not a folder")
+            if not self.fs.exists(self._path("job.json")):
+                self._refuse_foreign_rows()
+            for folder in ("tmp", "commits"):
+                make_folder(self.fs, self._path(folder))
+            self.write("writable", b"")
+            self.fs.rm_file(self._path("writable"))
+        except ConfigError:
+            raise
+        except Exception as error:  # storage clients raise far more than OSError
+            raise ConfigError(f"cannot write to {self.output}: {error}") from error
+
+    def _refuse_foreign_rows(self) -> None:
+        if not self.fs.isdir(self.root):
+            return
+        for name in list_names(self.fs, self.root, lambda folder: folder != "_vl01"):
+            if name.endswith(".parquet") and not name.startswith("_vl01/"):
+                raise ConfigError(
+                    f"{self.output} already holds Parquet files that are not of this tool "
+                    f"({name}); give an empty folder"
+                )
+
+    def resume(self, fingerprint: dict[str, Any] | None = None) -> bool:
+        """Opens the run that OUT holds; False if it holds none yet.
+
+        The stored plan is used again: the source is not listed a second time, so files added
+        to it since belong to another job. Raises ConfigError if OUT holds another job.
+        """
+        try:
+            self.job = json.loads(self.read("job.json"))
+        except FileNotFoundError:
+            return False
+        except ValueError as error:
+            raise LedgerError(f"job.json of {self.output} is damaged: {error}") from error
+        except Exception as error:  # storage clients raise far more than OSError
+            raise ConfigError(f"cannot read {self.output}: {error}") from error
+        if self.job.get("layout") != LAYOUT:
+            raise ConfigError(
+                f"{self.output} has layout {self.job.get('layout')}, written by another version "
+                f"of this tool; this one reads layout {LAYOUT}"
+            )
+        if fingerprint is not None:
+            self._refuse_another_job(fingerprint)
+        self._open_plan()
+        return True
+
+    def _refuse_another_job(self, fingerprint: dict[str, Any]) -> None:
+        here, there = json.loads(json.dumps(fingerprint)), self.job["fingerprint"]
+        differ = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+        if differ:
+            values = "; ".join(
+                f"{key} is {_short(there.get(key))} there and {_short(here.get(key))} now"
+                for key in differ
+            )
+            raise ConfigError(
+                f"{self.output} holds the rows of another job: {values}. "
+                "Give another output, or the settings it was started with"
+            )
+
+    def create(self, job: Job, fingerprint: dict[str, Any], plan: Plan, run: str) -> None:
+        """Stores the plan, then job.json, which makes both count. Raises ConfigError."""
+        with tempfile.TemporaryDirectory() as elsewhere:
+            scratch = self._path("tmp") if is_local(self.fs) else elsewhere
+            unfinished = Path(scratch) / "plan.parquet"
+            planned = write_plan(plan, unfinished)
+            put_in_place(self.fs, unfinished, self._path("plan.parquet"))
+        path = f"{self.root}/.huggingface.yaml"
+        write_whole(self.fs, path, _FOR_DATASETS.encode(), self._path("tmp"))
+        content = {
+            "layout": LAYOUT,
+            "job": job.model_dump(mode="json"),
+            "fingerprint": fingerprint,
+            "planned": asdict(planned),
+            "versions": {name: version(name) for name in _VERSIONS},
+            "created_at": now(),
+            "run": run,
+        }
+        self.write("job.json", json.dumps(content, indent=1).encode())
+        self.resume(fingerprint)
+
+    def _open_plan(self) -> None:
+        try:
+            with self._open("plan.parquet") as file:
+                self.kept = read_kept(file)
+                self.totals = PlanTotals(**self.job["planned"])
+        except Exception as error:
+            raise LedgerError(f"the plan of {self.output} cannot be read: {error}") from error
+
+    # What is done and what is not
+
+    def planned(self) -> Iterator[pa.Table]:
+        """All units in the PLAN schema, in small tables."""
+        with self._open("plan.parquet") as file:
+            yield from read_plan(file)
+
+    def committed(self) -> np.ndarray:
+        """bool [units of the plan]: which units have a record. One listing; no record is read."""
+        done = np.zeros(self.totals.units, bool)
+        for name in list_flat(self.fs, self._path("commits")):
+            if match := _RECORD.fullmatch(name):
+                if int(match[1]) >= self.totals.units:
+                    raise LedgerError(
+                        f"{self.output} has a record of unit {int(match[1])}, "
+                        f"but only {self.totals.units} units are planned"
+                    )
+                done[int(match[1])] = True
+        return done
+
+    def pending(self) -> Iterator[pa.Table]:
+        """The units without a record, in the PLAN schema, in small tables."""
+        done = self.committed()
+        for units in self.planned():
+            todo = units.filter(pa.array(~done[units["unit"].to_numpy()]))
+            if todo.num_rows:
+                yield todo
+
+    def parts(self) -> Iterator[int]:
+        """The units that have a part, recorded or not."""
+        for name in list_flat(self.fs, self.root, "part-"):
+            if match := _PART.fullmatch(name):
+                yield int(match[1])
+
+    def clean_up(self) -> None:
+        """Removes unfinished files, and parts that have no record. Only for who has the lease."""
+        for name in list_flat(self.fs, self._path("tmp")):
+            self.fs.rm_file(self._path(f"tmp/{name}"))
+        done = self.committed()
+        for unit in list(self.parts()):
+            if unit >= len(done) or not done[unit]:
+                self.fs.rm_file(self.part_path(unit))
+
+    # Committing
+
+    def commit(self, record: CommitRecord, part: bytes) -> None:
+        """Writes the part, then the record that makes it count."""
+        write_whole(self.fs, self.part_path(record.unit), part, self._path("tmp"))
+        self.write(f"commits/{record.unit:09}.json", record.to_json())
+
+    def record(self, unit: int) -> CommitRecord:
+        """Raises LedgerError when it is damaged, FileNotFoundError when it is not there."""
+        name = f"commits/{unit:09}.json"
+        return CommitRecord.from_json(self.read(name), self._path(name))
+
+    # Files
+
+    @staticmethod
+    def part_name(unit: int) -> str:
+        return f"part-{unit:09}.parquet"
+
+    def part_path(self, unit: int) -> str:
+        return f"{self.root}/{self.part_name(unit)}"
+
+    def read(self, name: str) -> bytes:
+        """A file of _vl01. Raises FileNotFoundError."""
+        data: Any = patiently(lambda: self.fs.cat_file(self._path(name)))
+        return data
+
+    def write(self, name: str, data: bytes) -> None:
+        """A file of _vl01, whole or not at all."""
+        write_whole(self.fs, self._path(name), data, self._path("tmp"))
+
+    def remove(self, name: str) -> None:
+        self.fs.rm_file(self._path(name))
+
+    def _open(self, name: str) -> PatientFile:
+        return PatientFile(self.fs, self._path(name), cache_type="none")
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/_vl01/{name}"
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
