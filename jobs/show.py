@@ -9,6 +9,9 @@ from rich.table import Table
 from schemas.report import Summary
 
 if TYPE_CHECKING:
+    from pipeline.verify import Verification
+
+if TYPE_CHECKING:
     pass
 
 
@@ -56,3 +59,26 @@ def _time(result: Summary) -> str:
 def _stages(result: Summary) -> str:
     busy = ", ".join(f"{stage} {seconds:,.1f} s" for stage, seconds in result.stage_seconds.items())
     return f"{busy} (busy time, summed over workers)" if busy else ""
+
+
+def verification(found: "Verification") -> None:
+    """The verdict, with the units and rows behind it, and each problem in a line of its own."""
+    verdict = "every row is there, once" if found.ok else "not every row is there once"
+    _facts(
+        {
+            "output": found.output,
+            "units": f"{found.committed_units:,} of {found.planned_units:,} are committed",
+            "rows": f"{found.rows:,}: {_counts(found.statuses)}" if found.rows else "0",
+            "failures": _counts(found.reasons),
+            "missing": f"{found.missing_rows:,} rows" if found.missing_rows else "",
+            "doubled": f"{found.doubled_rows:,} rows" if found.doubled_rows else "",
+            "verdict": verdict,
+        }
+    )
+    for problem in found.problems:
+        error(problem)
+    if found.pending_units:
+        error(
+            f"the run is not finished: {found.pending_units:,} units are to do; "
+            "the command that started it goes on"
+        )

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from jobs.cli import main
+from pipeline.verify import Verification
 from schemas.errors import CheckpointError, EngineError, ExitCode
 from schemas.job import Job
 from schemas.report import Summary
@@ -187,6 +188,37 @@ def test_the_summary_tells_rows_reasons_tokens_times_and_place(vl01, flow):
     assert "2,400,000 read, 99,000 written" in out
     assert "60.0 s, 20.03 rows/s" in out
     assert "generate 58.5 s" in out
+
+
+def dataset(**found) -> Verification:
+    nothing = {
+        "missing_rows": 0,
+        "doubled_rows": 0,
+        "unrecorded_parts": (),
+        "damaged_units": 0,
+        "problems": (),
+    }
+    facts = {"planned_units": 2, "committed_units": 2, "rows": 9, "statuses": {"ok": 9}}
+    return Verification(**({"output": "/out", "reasons": {}} | facts | nothing | found))
+
+
+@pytest.mark.parametrize(
+    ("verification", "expected", "told"),
+    [
+        (dataset(), ExitCode.OK, "every row is there, once"),
+        (dataset(committed_units=1), ExitCode.UNACCOUNTED, "not finished: 1 units are to do"),
+        (dataset(missing_rows=3, problems=("unit 0: cut",)), ExitCode.UNACCOUNTED, "unit 0: cut"),
+    ],
+)
+def test_verify_does_not_call_a_damaged_dataset_whole(
+    vl01, monkeypatch, verification, expected, told
+):
+    asked = []
+    monkeypatch.setattr("pipeline.verify.verify", lambda *a: asked.append(a) or verification)
+    code, out, err = vl01("verify", "/out", "--deep", "--endpoint-url", "http://localhost:1")
+    assert code == expected
+    assert told in out + err
+    assert asked == [("/out", "http://localhost:1", True)]
 
 
 def test_the_version_is_told(vl01):
