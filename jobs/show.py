@@ -11,9 +11,6 @@ from schemas.report import Summary
 if TYPE_CHECKING:
     from pipeline.verify import Verification
 
-if TYPE_CHECKING:
-    pass
-
 
 def error(message: str, advice: str = "") -> None:
     console = Console(stderr=True, soft_wrap=True)
