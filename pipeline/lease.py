@@ -55,15 +55,22 @@ class Lease:
         """Raises LedgerError when another run holds the lease."""
         if holder := self._read():
             self._refuse_if_alive(holder)
-        self._write(0)
-        time.sleep(_SETTLE_S)
-        self.check()
+        try:
+            self._write(0)
+            time.sleep(_SETTLE_S)
+            self.check()
+        except BaseException:
+            self._release()
+            raise
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        self._release()
+
+    def _release(self) -> None:
         with suppress(Exception):  # it expires by itself; the run's own error matters more
             if self._held_by() == self.run:
                 self._ledger.remove(_FILE)

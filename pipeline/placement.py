@@ -2,10 +2,12 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import ray
 import ray.data
@@ -13,19 +15,22 @@ import ray.data
 from schemas.errors import ConfigError
 from schemas.job import Job
 
-# Rows a replica holds beyond those in flight, as a multiple of them: fewer and the engine drains
-# between batches (slots 55% busy at 1x, 97% at 3x and more).
-HELD_PER_SEQUENCE = 3
+# Rows a replica holds, as a multiple of its sequences in flight: fewer, and the engine drains
+# whenever a batch waits for its longest answer.
+HELD_PER_SEQUENCE = 4
+CALLS_PER_SEQUENCES = 4  # smaller batches are committed sooner, larger ones cost Ray less
 
 
 @dataclass(frozen=True)
 class Placement:
     """What each stage takes. A replica is one actor; its ranks are processes under it."""
 
-    device: str  # cpu or cuda
+    device: Literal["cpu", "cuda"]
     ranks: int
     replicas: int
     prepare_workers: int
+    threads: int | None  # of a rank on CPU
+    chunk_tokens: int  # computed together by a replica
     batch_rows: int  # rows of one call of a replica
     calls: int  # calls of a replica side by side
 
@@ -41,17 +46,10 @@ def ray_session(address: str) -> Iterator[None]:
     Ray's own progress bars and log lines stay in its session folder; errors that end a run reach
     the user as exceptions.
     """
-    # One harmless C++ warning per actor pool would otherwise reach the terminal (Ray issue 53727).
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     started = not ray.is_initialized()
     if started:
         try:
-            ray.init(
-                address=address,
-                include_dashboard=False if address == "local" else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            _start_ray(address)
         except ConnectionError as error:
             raise ConfigError(
                 f"no Ray cluster answers at {address!r}: {error}. Expected local (start Ray on this"
@@ -65,6 +63,33 @@ def ray_session(address: str) -> Iterator[None]:
             ray.shutdown()
 
 
+def _start_ray(address: str) -> None:
+    # A harmless complaint per actor pool (Ray issue 53727) would reach the terminal from C++,
+    # and so would the note that its level was changed.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with _native_stderr_to(os.devnull):
+        ray.init(
+            address=address,
+            include_dashboard=False if address == "local" else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+
+@contextmanager
+def _native_stderr_to(path: str) -> Iterator[None]:
+    """Sends what this process writes to file descriptor 2, from any language, to a file."""
+    sys.stderr.flush()
+    terminal, elsewhere = os.dup(2), os.open(path, os.O_WRONLY)
+    os.dup2(elsewhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(elsewhere)
+
+
 def place(job: Job) -> Placement:
     """Decides on the stages' shares of the cluster that this process has joined.
 
@@ -72,25 +97,27 @@ def place(job: Job) -> Placement:
     """
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
-    device = job.device if job.device != "auto" else ("cuda" if gpus else "cpu")
-    if device == "cuda":
+    on_gpu = job.device == "cuda" or (job.device == "auto" and gpus > 0)
+    if on_gpu:
         _check_gpus(job, gpus)
-    sequences = job.max_sequences or (128 if device == "cuda" else 16)
-    batch_rows = max(1, sequences // 4)
+    sequences = job.max_sequences or (128 if on_gpu else 16)
+    batch_rows = -(-sequences // CALLS_PER_SEQUENCES)
     cores = int(resources.get("CPU", 1))
     return Placement(
-        device=device,
+        device="cuda" if on_gpu else "cpu",
         ranks=job.pp,
         replicas=job.replicas,
-        prepare_workers=job.prepare_workers or _prepare_workers(device, cores, job),
+        prepare_workers=job.prepare_workers or _prepare_workers(on_gpu, cores, job),
+        threads=None if on_gpu else max(1, cores // (job.pp * job.replicas)),
+        chunk_tokens=job.chunk_tokens or (8192 if on_gpu else 2048),
         batch_rows=batch_rows,
-        calls=max(4, (1 + HELD_PER_SEQUENCE) * sequences // batch_rows),
+        calls=HELD_PER_SEQUENCE * CALLS_PER_SEQUENCES,
     )
 
 
-def _prepare_workers(device: str, cores: int, job: Job) -> int:
+def _prepare_workers(on_gpu: bool, cores: int, job: Job) -> int:
     """All cores but one, which reads; on CPU the model needs them more: one per replica."""
-    return max(1, cores - 1) if device == "cuda" else min(job.replicas, max(1, cores - 1))
+    return max(1, cores - 1) if on_gpu else min(job.replicas, max(1, cores - 1))
 
 
 def _check_gpus(job: Job, gpus: int) -> None:

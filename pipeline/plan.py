@@ -5,7 +5,7 @@ One pass, in the order of the names. Opens nothing but the footers of Parquet fi
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -158,10 +158,16 @@ def planned_row_ids(unit: Unit) -> list[str] | None:
     return [row_id(unit.names[0], str(row)) for row in rows]
 
 
-def plan_table(units: Iterable[Unit]) -> pa.Table:
+def plan_table(units: Sequence[Unit]) -> pa.Table:
     """Units as rows in the PLAN schema."""
-    rows = [(u.number, u.kind, u.names, u.first_row, u.rows) for u in units]
-    return pa.Table.from_pylist([dict(zip(PLAN.names, row, strict=True)) for row in rows], PLAN)
+    values = {
+        "unit": [unit.number for unit in units],
+        "kind": [unit.kind.value for unit in units],
+        "names": [unit.names for unit in units],
+        "first_row": [unit.first_row for unit in units],
+        "rows": [unit.rows for unit in units],
+    }
+    return pa.table(values, PLAN)
 
 
 def units_of(table: pa.Table) -> Iterator[Unit]:

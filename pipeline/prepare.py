@@ -5,6 +5,7 @@ Runs in CPU actors; knows the model's pixels and prompt, but neither its weights
 
 import hashlib
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ class Prepare:
     def __init__(self, settings: PrepareSettings) -> None:
         self.settings = settings
         self.schema = with_kept(PREPARED, settings.kept)
+        # Pillow warns of damaged metadata; what matters of it is in the row's message.
+        warnings.filterwarnings("ignore", module="PIL")
 
     def __call__(self, inputs: pa.Table) -> Iterator[pa.Table]:
         first, rows, held = 0, [], 0

@@ -5,7 +5,6 @@ Counts what it is given; knows neither Ray nor the ledger.
 
 import threading
 import time
-from collections import Counter
 from types import TracebackType
 from typing import Self
 
@@ -17,19 +16,15 @@ QUIET_SECONDS = 30.0  # between two lines where there is no terminal
 
 
 class Progress:
-    """Use as a context; call `generated` and `committed` from one thread."""
+    """Use as a context. One thread sets the numbers and the phase; another shows them."""
 
-    def __init__(
-        self,
-        pending_units: int,
-        console: Console | None = None,
-        phase: str = "starting Ray, loading the model",
-    ) -> None:
-        self.pending_units = pending_units
-        self.rows: Counter[str] = Counter()  # generated, by status
+    def __init__(self, console: Console | None = None) -> None:
+        self.phase = "listing the source"  # shown until the first rows come
+        self.pending_units = 0
+        self.rows = 0
+        self.failed = 0
         self.tokens = 0
         self.committed_units = 0
-        self.phase = phase  # shown until the first rows come
         self._started = time.monotonic()
         self._first_rows: float | None = None
         self._console = console or Console(stderr=True)
@@ -56,11 +51,15 @@ class Progress:
         else:
             self._console.print(self.line())
 
-    def generated(self, statuses: dict[str, int], tokens: int) -> None:
-        """Rows came back from the replicas; tokens counts prompt and output."""
+    def start(self, pending_units: int, phase: str) -> None:
+        self.pending_units, self.phase = pending_units, phase
+
+    def generated(self, rows: int, failed: int, tokens: int) -> None:
+        """Rows came back from the replicas; tokens counts prompts and answers."""
         if self._first_rows is None:
             self._first_rows = time.monotonic()
-        self.rows.update(statuses)
+        self.rows += rows
+        self.failed += failed
         self.tokens += tokens
 
     def committed(self, units: int) -> None:
@@ -70,14 +69,14 @@ class Progress:
         seconds = time.monotonic() - self._started
         parts = [f"[{clock(seconds)}]"]
         if self._first_rows is None:
-            parts.append(f"{self.phase} ({self.pending_units:,} units to do)")
+            units = f" ({self.pending_units:,} units to do)" if self.pending_units else ""
+            parts.append(self.phase + units)
         else:
-            rows = self.rows.total()
             parts += [
-                f"{rows:,} rows",
-                f"{rows / seconds:,.1f} rows/s",
+                f"{self.rows:,} rows",
+                f"{self.rows / seconds:,.1f} rows/s",
                 f"{self.tokens / seconds:,.0f} tokens/s",
-                f"{self.rows['failed']:,} failed",
+                f"{self.failed:,} failed",
                 f"units {self.committed_units:,}/{self.pending_units:,}",
                 self._time_left(),
             ]

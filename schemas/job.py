@@ -51,7 +51,9 @@ class Job(BaseModel):
     max_sequences: Positive | None = Field(
         None, description="sequences in flight per replica; default: as many as fit"
     )
-    chunk_tokens: Positive = Field(2048, description="tokens computed together in one step")
+    chunk_tokens: Positive | None = Field(
+        None, description="tokens computed together; default: 8192 on a GPU, 2048 on CPU"
+    )
     cache_gib: float | None = Field(
         None, gt=0, description="memory for states and K/V per rank; default: what is free on a GPU"
     )

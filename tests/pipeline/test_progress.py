@@ -17,8 +17,9 @@ def written(console: Console) -> str:
 def test_a_run_without_a_terminal_is_not_silent(monkeypatch):
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
     console = plain_console()
-    with Progress(3, console) as shown:
-        shown.generated({"ok": 2, "failed": 1}, tokens=900)
+    with Progress(console) as shown:
+        shown.start(3, "loading")
+        shown.generated(rows=3, failed=1, tokens=900)
         shown.committed(1)
         shown._done.wait(0.1)
     lines = written(console).splitlines()
@@ -29,12 +30,16 @@ def test_a_run_without_a_terminal_is_not_silent(monkeypatch):
 
 
 def test_the_wait_for_the_model_says_what_is_awaited():
-    assert "loading" in str(Progress(7, plain_console(), phase="loading the model").line())
+    shown = Progress(plain_console())
+    assert "listing the source" in str(shown.line())
+    shown.start(7, "loading the model")
+    assert "loading the model (7 units to do)" in str(shown.line())
 
 
 def test_time_left_is_not_invented_before_a_unit_is_done():
-    shown = Progress(2, plain_console())
-    shown.generated({"ok": 5}, tokens=10)
+    shown = Progress(plain_console())
+    shown.start(2, "loading")
+    shown.generated(rows=5, failed=0, tokens=10)
     assert "unknown" in str(shown.line())
     shown.committed(1)
     assert "about 00:0" in str(shown.line())

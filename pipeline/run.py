@@ -1,0 +1,152 @@
+"""The whole run on one screen: read, prepare, generate, finish, commit.
+
+    units --read--> INPUT --prepare--> PREPARED --generate--> GENERATED --finish, commit--> parts
+
+Ray Data carries the rows as far as GENERATED. This process, which holds the lease on the output,
+gathers them into units and commits each unit once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy
+
+from model.config import VL01Config
+from model.engine.config import EngineConfig
+from model.engine.ranks import layer_spans
+from model.inputs.images import DecodeLimits
+from model.inputs.prompt import PromptTemplate
+from model.tokenizer import Tokenizer
+from model.weights.checkpoint import check_checkpoint, checkpoint_revision
+from pipeline.commit import Committer
+from pipeline.generate import Generate, GenerateSettings
+from pipeline.lease import Lease
+from pipeline.ledger import Ledger
+from pipeline.placement import Placement, configure_ray_data, place, ray_session
+from pipeline.plan import Plan
+from pipeline.prepare import BLOCK_BYTES, Prepare, PrepareSettings
+from pipeline.progress import Progress
+from pipeline.read import ReadSettings, read_units
+from pipeline.sources import Source, open_source
+from pipeline.tally import Tally
+from schemas.job import Job
+from schemas.ledger import PLAN
+from schemas.report import Summary
+
+READ_CPUS = 0.25  # reading waits for storage: four reads share a core
+PREPARE_ROWS = 8
+REPLICA_RETRIES = 5  # of a batch whose replica died under it, before the run stops
+
+
+def run(job: Job) -> Summary:
+    """Does what is left of a job, and returns once every planned unit is committed.
+
+    Raises ConfigError for all that a user can get wrong, before any model is loaded; EngineError
+    or LedgerError when the run stops before its end. The same call resumes it.
+    """
+    config = check_checkpoint(job.model, quantization=job.quantization)
+    layer_spans(config.text.num_layers, job.pp)
+    template = Tokenizer.from_checkpoint(job.model).prompt_template(job.prompt, job.system)
+    source = open_source(job.source, job.endpoint_url)
+    ledger = Ledger(job.output, job.endpoint_url)
+    ledger.prepare()
+    with Lease(ledger) as lease, Progress() as progress:
+        pending = plan_or_resume(job, source, ledger, lease)
+        committer = Committer(ledger, lease)
+        tally = Tally(progress)
+        if pending.num_rows:
+            progress.start(pending.num_rows, "starting Ray, loading the model")
+            with ray_session(job.address):
+                read = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept)
+                flow = Flow(job, config, template, read, place(job))
+                for rows in flow.generated(pending):
+                    tally.generated(rows)
+                    tally.committed(committer.add(rows))
+        return tally.summary(ledger, committer)
+
+
+def plan_or_resume(job: Job, source: Source, ledger: Ledger, lease: Lease) -> pa.Table:
+    """The units still to do, in the PLAN schema. Raises ConfigError if OUT holds another job."""
+    fingerprint = job.fingerprint(checkpoint_revision(job.model))
+    if not ledger.resume(fingerprint):
+        plan = Plan(source, job.unit_rows, job.image_column, job.keep)
+        ledger.create(job, fingerprint, plan, lease.run)
+    ledger.clean_up()
+    return pa.concat_tables([PLAN.empty_table(), *ledger.pending()])
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The stages that run on Ray, and what each of them must know."""
+
+    job: Job
+    config: VL01Config
+    template: PromptTemplate
+    read: ReadSettings
+    place: Placement
+
+    def generated(self, pending: pa.Table) -> Iterator[pa.Table]:
+        """GENERATED rows of the pending units, as they come, in any order."""
+        configure_ray_data(BLOCK_BYTES)
+        units = ray.data.from_arrow(pending).repartition(target_num_rows_per_block=1)
+        inputs = units.map_batches(
+            partial(read_units, settings=self.read),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=READ_CPUS,
+        )
+        prepared = inputs.map_batches(
+            Prepare,
+            fn_constructor_args=(self.prepare_settings(),),
+            batch_size=PREPARE_ROWS,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=self.place.prepare_workers),
+            num_cpus=1,
+        )
+        generated = prepared.map_batches(
+            Generate,
+            fn_constructor_args=(self.generate_settings(),),
+            batch_size=self.place.batch_rows,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                size=self.place.replicas,
+                max_concurrent_calls_per_actor=self.place.calls,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=0,
+            num_gpus=self.place.gpus_per_replica,
+            max_task_retries=REPLICA_RETRIES,
+        )
+        yield from generated.iter_batches(batch_size=None, batch_format="pyarrow")
+
+    def prepare_settings(self) -> PrepareSettings:
+        job, vision = self.job, self.config.vision
+        return PrepareSettings(
+            template=self.template,
+            pinpoints=self.config.pinpoints,
+            tile=vision.image_size,
+            patch=vision.patch_size,
+            limits=DecodeLimits(job.max_pixels, job.max_bytes, job.decode_seconds),
+            exif_rotate=job.exif_rotate,
+            kept=self.read.kept,
+        )
+
+    def generate_settings(self) -> GenerateSettings:
+        job = self.job
+        engine = EngineConfig(
+            checkpoint=job.model,
+            ranks=job.pp,
+            device=self.place.device,
+            dtype=job.dtype,
+            quantization=job.quantization,
+            threads=self.place.threads,
+            chunk_tokens=self.place.chunk_tokens,
+            max_sequences=job.max_sequences,
+            cache_bytes=None if job.cache_gib is None else int(job.cache_gib * 1024**3),
+        )
+        return GenerateSettings(
+            engine, job.sampling(), self.config.vision.image_size, self.read.kept
+        )

@@ -1,0 +1,72 @@
+"""Counts what a run does, for the progress line and for the summary at its end."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+from pipeline.commit import Committer
+from pipeline.ledger import Ledger
+from pipeline.progress import Progress
+from schemas.errors import EngineError
+from schemas.ledger import CommitRecord
+from schemas.report import Summary
+
+_STAGES: tuple[str, ...] = ("read", "prepare", "generate")
+
+
+class Tally:
+    """One run's counts: what left the replicas, and what was committed of it."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._started = time.monotonic()
+        self._rows: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+        self._stage_seconds: dict[str, float] = dict.fromkeys(_STAGES, 0.0)
+        self._prompt_tokens = 0
+        self._output_tokens = 0
+
+    def generated(self, rows: pa.Table) -> None:
+        """Rows in the GENERATED schema, as they leave the replicas."""
+        for stage in _STAGES:
+            self._stage_seconds[stage] += sum(_known(rows[f"{stage}_seconds"]))
+        self._progress.generated(
+            rows=rows.num_rows,
+            failed=rows["finish_reason"].null_count,
+            tokens=sum(_known(rows["prompt_tokens"])) + sum(_known(rows["output_tokens"])),
+        )
+
+    def committed(self, records: Iterable[CommitRecord]) -> None:
+        for record in records:
+            self._rows.update(record.statuses)
+            self._reasons.update(record.reasons)
+            self._prompt_tokens += record.prompt_tokens
+            self._output_tokens += record.output_tokens
+            self._progress.committed(1)
+
+    def summary(self, ledger: Ledger, committer: Committer) -> Summary:
+        """Raises EngineError when units are left: rows of them went missing on the way."""
+        committed = int(ledger.committed().sum())
+        planned = ledger.totals.units
+        if left := planned - committed:
+            raise EngineError(
+                f"{left:,} of {planned:,} units are not done, {len(committer.incomplete()):,} of"
+                " them in part. What is committed stays; the same command does the rest."
+            )
+        return Summary(
+            output=ledger.output,
+            planned_units=planned,
+            committed_units=committed,
+            rows=dict(self._rows),
+            reasons=dict(self._reasons),
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=self._output_tokens,
+            seconds=time.monotonic() - self._started,
+            stage_seconds=self._stage_seconds,
+        )
+
+
+def _known(column: pa.ChunkedArray) -> list:
+    return column.drop_null().to_pylist()
