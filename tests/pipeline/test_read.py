@@ -91,7 +91,7 @@ def test_a_table_of_large_images_is_bounded(tmp_path):
     for i in range(4):
         (tmp_path / f"{i}.jpg").write_bytes(bytes(30 * 2**20))
     settings = ReadSettings(open_source(str(tmp_path)), 2**30)
-    units = plan_table(Plan(settings.source, 100).units())
+    units = plan_table(list(Plan(settings.source, 100).units()))
     assert [table.num_rows for table in read_units(units, settings)] == [2, 2]
 
 

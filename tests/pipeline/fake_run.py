@@ -1,0 +1,66 @@
+"""A run without Ray and without a model: what run.py does around reading and committing."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.commit import Committer
+from pipeline.lease import Lease
+from pipeline.ledger import Ledger
+from pipeline.plan import Plan
+from pipeline.read import ReadSettings, read_units
+from pipeline.sources import open_source
+from schemas.job import Job
+from schemas.rows import GENERATED, INPUT, with_kept
+
+
+def job_of(source: object, output: object, **keys: Any) -> Job:
+    return Job(
+        source=str(source), output=str(output), model="/nano", prompt="?", unit_rows=4, **keys
+    )
+
+
+def write_images(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        (folder / f"{i:04}.jpg").write_bytes(b"image %d" % i)
+
+
+def generated(rows: pa.Table) -> pa.Table:
+    """The answer to every good row is the image's bytes, so that a row shows where it is from."""
+    table = rows.to_pylist()
+    for row in table:
+        if row["reason"] is None:
+            row["text"], row["finish_reason"] = row["data"].decode(), "stop"
+            row["prompt_tokens"], row["output_tokens"] = 10, 2
+    kept = pa.schema(list(rows.schema)[len(INPUT) :])
+    return pa.Table.from_pylist(table, with_kept(GENERATED, kept))
+
+
+def stream(ledger: Ledger, settings: ReadSettings) -> Iterator[pa.Table]:
+    for units in ledger.pending():
+        for rows in read_units(units, settings):
+            yield generated(rows)
+
+
+def run(
+    job: Job, order: Callable[[list[pa.Table]], list[pa.Table]] = lambda tables: tables
+) -> Ledger:
+    """Does what is left of a job. `order`: in which order tables reach the committer."""
+    fingerprint = job.fingerprint("revision")
+    source = open_source(job.source, job.endpoint_url)
+    ledger = Ledger(job.output, job.endpoint_url)
+    ledger.prepare()
+    with Lease(ledger) as lease:
+        if not ledger.resume(fingerprint):
+            plan = Plan(source, job.unit_rows, job.image_column, job.keep)
+            ledger.create(job, fingerprint, plan, lease.run)
+        ledger.clean_up()
+        committer = Committer(ledger, lease)
+        settings = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept)
+        for rows in order(list(stream(ledger, settings))):
+            committer.add(rows)
+        assert committer.incomplete() == {}
+    return ledger

@@ -1,0 +1,136 @@
+"""Rows come in any order, twice or late: each is committed once, with the right status."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.commit import Committer
+from pipeline.finish import finish
+from pipeline.lease import Lease
+from pipeline.ledger import Ledger
+from pipeline.plan import Plan
+from pipeline.sources import open_source
+from schemas.errors import LedgerError
+from schemas.rows import GENERATED, OUTPUT, with_kept
+from tests.pipeline.fake_run import job_of, write_images
+
+
+def rows(unit: int, *indices: int, of: int = 4, **columns) -> pa.Table:
+    table = [
+        {
+            "row_id": f"{unit:016x}{index:016x}",
+            "unit": unit,
+            "index": index,
+            "unit_rows": of if index == of - 1 else None,
+            "source": "s",
+            "text": f"text {unit} {index}",
+            "finish_reason": "stop",
+            "prompt_tokens": 10,
+            "output_tokens": 2,
+            **columns,
+        }
+        for index in indices
+    ]
+    return pa.Table.from_pylist(table, GENERATED)
+
+
+@pytest.fixture
+def committer(tmp_path):
+    """Of a plan with three units."""
+    write_images(tmp_path / "in", 12)
+    job = job_of(tmp_path / "in", tmp_path / "out")
+    ledger = Ledger(job.output)
+    ledger.prepare()
+    with Lease(ledger) as lease:
+        ledger.create(job, {}, Plan(open_source(job.source), 4), lease.run)
+        yield Committer(ledger, lease)
+
+
+def texts(tmp_path, unit: int) -> list[str]:
+    return pq.read_table(tmp_path / f"out/part-{unit:09}.parquet")["text"].to_pylist()
+
+
+def test_a_unit_is_committed_when_its_last_row_came_whatever_the_order(tmp_path, committer):
+    assert committer.add(rows(0, 3)) == []
+    assert committer.add(pa.concat_tables([rows(1, 0, 2), rows(0, 1, 0)])) == []
+    assert committer.incomplete() == {0: 3, 1: 2}
+    (record,) = committer.add(rows(0, 2))
+    assert (record.unit, record.rows, record.statuses) == (0, 4, {"ok": 4})
+    assert (record.prompt_tokens, record.output_tokens) == (40, 8)
+    assert texts(tmp_path, 0) == [f"text 0 {i}" for i in range(4)]
+    assert committer.incomplete() == {1: 2}
+
+
+def test_a_batch_that_is_done_twice_gives_its_rows_once(tmp_path, committer):
+    committer.add(rows(0, 0, 1))
+    committer.add(rows(0, 1, 0, text="again"))
+    (record,) = committer.add(rows(0, 2, 3))
+    assert record.rows == 4
+    assert texts(tmp_path, 0) == [f"text 0 {i}" for i in range(4)]
+    assert committer.add(rows(0, 0, 1, 2, 3, text="late")) == []
+    assert texts(tmp_path, 0) == [f"text 0 {i}" for i in range(4)]
+    assert committer.incomplete() == {}
+
+
+def test_several_units_can_become_whole_at_once(committer):
+    table = pa.concat_tables([rows(unit, 0, 1, 2, 3) for unit in (2, 0, 1)])
+    assert sorted(record.unit for record in committer.add(table)) == [0, 1, 2]
+
+
+def test_columns_in_another_order_are_not_mixed_up(tmp_path, committer):
+    table = rows(0, 0, 1, 2, 3)
+    committer.add(table.select(table.column_names[::-1]))
+    assert texts(tmp_path, 0) == [f"text 0 {i}" for i in range(4)]
+
+
+def test_nothing_is_written_once_the_lease_is_lost(tmp_path, committer):
+    (tmp_path / "out/_vl01/lease.json").unlink()
+    with pytest.raises(LedgerError, match="lease"):
+        committer.add(rows(0, 0, 1, 2, 3))
+    assert list((tmp_path / "out").glob("*.parquet")) == []
+
+
+def test_a_full_disk_stops_the_run_with_a_clear_line(committer, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.ledger.write_whole", full)
+    with pytest.raises(LedgerError, match=r"cannot commit unit 0.*No space left"):
+        committer.add(rows(0, 0, 1, 2, 3))
+
+
+def test_the_record_counts_statuses_and_reasons(committer):
+    committer.add(rows(0, 0, text=None, finish_reason=None, reason="timeout", message="30 s"))
+    committer.add(rows(0, 1, finish_reason="length"))
+    (record,) = committer.add(rows(0, 2, 3))
+    assert record.statuses == {"failed": 1, "ok": 2, "truncated": 1}
+    assert record.reasons == {"max_new_tokens": 1, "timeout": 1}
+
+
+# finish
+
+
+def test_a_status_says_what_became_of_a_row():
+    kept = pa.schema([("label", pa.string())])
+    generated = with_kept(GENERATED, kept)
+    table = pa.Table.from_pylist(
+        [
+            {"row_id": "a", "finish_reason": "stop", "text": "A", "label": "x"},
+            {"row_id": "b", "finish_reason": "length", "text": "B"},
+            {"row_id": "c", "reason": "decode_error", "message": "cut", "image_tokens": 3},
+        ],
+        generated,
+    )
+    done = finish(table)
+    assert done.schema.equals(with_kept(OUTPUT, kept))
+    assert done["status"].to_pylist() == ["ok", "truncated", "failed"]
+    assert done["reason"].to_pylist() == [None, "max_new_tokens", "decode_error"]
+    assert done["message"].to_pylist() == [None, None, "cut"]
+    assert done["text"].to_pylist() == ["A", "B", None]
+    assert done["image_tokens"].to_pylist() == [None, None, 3]
+    assert done["label"].to_pylist() == ["x", None, None]
+
+
+def test_a_row_without_answer_and_reason_is_not_passed_off_as_done():
+    with pytest.raises(ValueError, match="row a has neither"):
+        finish(pa.Table.from_pylist([{"row_id": "a"}], GENERATED))
