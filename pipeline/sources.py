@@ -14,7 +14,7 @@ from pipeline.storage import full_address, list_names, open_fs
 from schemas.errors import ConfigError
 from schemas.ledger import UnitKind
 
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 _KINDS = dict.fromkeys(_IMAGE_SUFFIXES, UnitKind.IMAGES) | {
     "tar": UnitKind.TAR,
     "parquet": UnitKind.PARQUET,
