@@ -28,10 +28,10 @@ _DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 # The residual weighs the input 3.56 to 1. With plain 1/sqrt(fan-in) weights everywhere, the
 # next token would follow from the last one alone and greedy text would go round in circles: so
 # what each sub-layer writes back is made as large as what it adds to.
-_GAINS = {"out_proj.weight": 6.0, "o_proj.weight": 20.0, "w2.weight": 12.0}
+_GAINS = {"out_proj.weight": 2.5, "o_proj.weight": 8.0, "w2.weight": 4.5}
 
 # How much larger than other logits the end of text may get: it then wins about once in 30 tokens.
-_END_GAIN = 2.0
+_END_GAIN = 1.7
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ _REVISION_FILES = (
     "chat_template.jinja",
     INDEX,
 )
+_REVISION_TAIL_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,20 @@ def check_checkpoint(checkpoint: str | Path, *, quantization: Quantization = "in
 
 
 def checkpoint_revision(checkpoint: str | Path) -> str:
-    """12 hex digits that change with the configuration, the tokenizer or the list of tensors."""
+    """12 hex digits that change with the configuration, the tokenizer, the tensors or their values.
+
+    Of every shard only the last bytes are read, which is enough to tell a fine-tuned or otherwise
+    rewritten checkpoint apart.
+    """
+    root = Path(checkpoint)
     digest = hashlib.sha256()
-    for name in _REVISION_FILES:
-        path = Path(checkpoint) / name
+    for path in [*(root / name for name in _REVISION_FILES), *sorted(root.glob("*.safetensors"))]:
         if path.exists():
-            content = path.read_bytes()
-            digest.update(f"{name} {len(content)}\n".encode() + content)
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                if path.suffix == ".safetensors":
+                    file.seek(max(0, size - _REVISION_TAIL_BYTES))
+                digest.update(f"{path.name} {size}\n".encode() + file.read())
     return digest.hexdigest()[:12]
 
 
