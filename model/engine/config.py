@@ -80,11 +80,15 @@ class EngineConfig:
 
     def check_devices(self) -> None:
         """Raises ConfigError when this machine has fewer GPUs than there are ranks."""
+        if not self.on_cuda:
+            return
         found = torch.cuda.device_count()
-        if self.on_cuda and found < self.ranks:
+        if not found:
+            raise ConfigError("device is cuda, this machine has no GPU; use one, or device cpu")
+        if found < self.ranks:
             raise ConfigError(
                 f"ranks is {self.ranks}, this machine has {found} GPUs; every rank takes one: "
-                f"ask for at most {found} ranks" + ("" if found else ", or for device cpu")
+                f"expected 1 to {found} ranks"
             )
 
 

@@ -19,11 +19,10 @@ class RankInProcess:
     def __init__(self, config: EngineConfig) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self._rank = Rank(config, 0)
-        self.capacity = share_out(
-            [self._rank.room()], config.most_sequences, config.tokens_per_sequence
-        )
-        self._rank.allocate(self.capacity)
+        rank = Rank(config, 0)
+        self.capacity = share_out([rank.room()], config.most_sequences, config.tokens_per_sequence)
+        rank.allocate(self.capacity)
+        self._rank: Rank | None = rank
         self._sampled: deque[Sampled] = deque()
 
     @property
@@ -32,13 +31,15 @@ class RankInProcess:
 
     @torch.inference_mode()
     def submit(self, images: Sequence[Image], microbatch: Microbatch) -> None:
+        rank = self._rank
+        if rank is None:
+            raise EngineError("the engine is closed")
         try:
             for image in images:
-                self._rank.take_image(image)
-            self._rank.swap(microbatch.plan)
-            hidden_TD = self._rank.embed(microbatch)
-            hidden_TD = self._rank.forward(hidden_TD, microbatch.plan)
-            self._sampled.append(self._rank.sample(hidden_TD, microbatch))
+                rank.take_image(image)
+            rank.swap(microbatch.plan)
+            hidden_TD = rank.forward(rank.embed(microbatch), microbatch.plan)
+            self._sampled.append(rank.sample(hidden_TD, microbatch))
         except Exception as error:
             raise EngineError(f"rank 0 of 1 failed: {type(error).__name__}: {error}") from error
 
@@ -47,4 +48,4 @@ class RankInProcess:
 
     def close(self) -> None:
         """Give the weights and the memory back."""
-        del self._rank
+        self._rank = None

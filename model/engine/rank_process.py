@@ -98,8 +98,12 @@ class RankProcess:
 
 
 def _environment() -> dict[str, str]:
-    """Of a rank: our module path, links that stay on this host, a glibc that gives memory back."""
+    """Of a rank: our module path, links that stay on this host, a glibc that gives memory back.
+
+    torch.distributed warns about every pair of ranks that it links on first use; that is meant.
+    """
     return {
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "MALLOC_MMAP_THRESHOLD_": "1048576",
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",

@@ -104,20 +104,19 @@ class RankProcesses:
     def _fail(self) -> NoReturn:
         """Hear out the ranks that are ending, end the others, and raise what happened."""
         deadline = time.monotonic() + _SECONDS_TO_EXPLAIN
-        while (left := [rank for rank in self._ranks if not rank.ended]) and (
-            speaking := _speaking(left, deadline - time.monotonic())
-        ):
+        # One that was killed took the others along: what they say adds nothing.
+        while not any(rank.killed for rank in self._ranks):
+            left = [rank for rank in self._ranks if not rank.ended]
+            speaking = _speaking(left, deadline - time.monotonic()) if left else []
+            if not speaking:
+                break
             for rank in speaking:
                 rank.listen()
-        failed = [rank for rank in self._ranks if rank.failed_at]
-        # One that was killed took the others along, whoever noticed first.
-        failed.sort(key=lambda rank: (not rank.killed, rank.failed_at))
-        complaints = [rank.failure for rank in failed if isinstance(rank.failure, ConfigError)]
-        self._error = (
-            complaints[0]
-            if complaints
-            else EngineError("\n".join(rank.describe() for rank in failed))
-        )
+        failed = [rank for rank in self._ranks if rank.killed or rank.failed_at]
+        failed.sort(key=lambda rank: (not rank.killed, rank.failed_at or 0.0))
+        wanting = [rank.failure for rank in failed if isinstance(rank.failure, ConfigError)]
+        what_happened = "\n".join(rank.describe() for rank in failed)
+        self._error = wanting[0] if wanting else EngineError(what_happened)
         self.close()
         raise self._error
 

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from model.engine.config import EngineConfig
 from model.engine.engine import Engine
 from model.engine.memory import Capacity
+from model.engine.rank import Rank
 from model.engine.rank_in_process import RankInProcess
 from schemas.errors import ConfigError, EngineError, Reason, RowError
 from schemas.requests import FinishReason, Sampling
@@ -48,13 +50,13 @@ def test_a_rows_tokens_do_not_depend_on_its_batch_or_chunks(
 
 def test_a_preempted_row_writes_the_same_tokens(checkpoint, decoder, requests, expected, model):
     growing = [
-        text_request(f"growing-{n}", 50 + n, max_new_tokens=140, temperature=1.0, seed=n)
-        for n in range(6)
+        text_request(f"growing-{n}", 50 + n, max_new_tokens=90, temperature=1.0, seed=n)
+        for n in range(5)
     ]
-    settings = tight_memory(model, range(model.text.num_layers), slots=8, blocks=10)
+    settings = tight_memory(model, range(model.text.num_layers), slots=8, blocks=7)
     with Engine(_config(checkpoint, **settings)) as engine:
-        assert engine.capacity == Capacity(8, 10)
-        small = [request for request in requests if len(request.token_ids) < 250]
+        assert engine.capacity == Capacity(8, 7)
+        small = [request for request in requests if len(request.token_ids) < 150]
         results = token_ids(list(engine.generate(growing + small)))
         assert engine.statistics.preemptions > 0
     alone = {request.id: generate_slowly(decoder, request) for request in growing}
@@ -156,12 +158,13 @@ def test_tiles_are_let_go_once_the_features_are_computed(engine, requests):
     while engine.unfinished:
         engine.step()
     assert isinstance(engine._ranks, RankInProcess)
+    assert engine._ranks._rank is not None
     assert not engine._ranks._rank._features
 
 
 def test_a_failure_of_the_one_rank_is_an_engine_error(checkpoint, monkeypatch):
+    monkeypatch.setattr(Rank, "forward", lambda *_: 1 / 0)
     with Engine(_config(checkpoint)) as engine:
-        monkeypatch.setattr(engine._ranks._rank, "forward", lambda *_: 1 / 0)
         engine.add(text_request("any", 5))
         with pytest.raises(EngineError, match="rank 0 of 1 failed: ZeroDivisionError"):
             engine.step()
@@ -176,9 +179,13 @@ def test_a_failure_of_the_one_rank_is_an_engine_error(checkpoint, monkeypatch):
         ({"quantization": "int4"}, "quantization is 'int4'"),
         ({"cache_bytes": 1000}, "one of 4096 tokens takes"),
         ({"max_sequences": 0}, "max_sequences is 0"),
+        ({"device": "cuda"}, "device is cuda, this machine has no GPU"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_generated(checkpoint, settings, message):
+def test_what_cannot_be_is_said_before_anything_is_generated(
+    checkpoint, settings, message, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match=message):
         Engine(_config(checkpoint, **settings))
 
