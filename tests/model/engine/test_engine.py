@@ -53,9 +53,9 @@ def test_a_preempted_row_writes_the_same_tokens(checkpoint, decoder, requests, e
         text_request(f"growing-{n}", 50 + n, max_new_tokens=90, temperature=1.0, seed=n)
         for n in range(5)
     ]
-    settings = tight_memory(model, range(model.text.num_layers), slots=8, blocks=7)
+    settings = tight_memory(model, range(model.text.num_layers), slots=4, blocks=7)
     with Engine(_config(checkpoint, **settings)) as engine:
-        assert engine.capacity == Capacity(8, 7)
+        assert engine.capacity == Capacity(4, 7)
         small = [request for request in requests if len(request.token_ids) < 150]
         results = token_ids(list(engine.generate(growing + small)))
         assert engine.statistics.preemptions > 0
