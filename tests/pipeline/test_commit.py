@@ -4,6 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import lease
 from pipeline.commit import Committer
 from pipeline.finish import finish
 from pipeline.lease import Lease
@@ -32,6 +33,11 @@ def rows(unit: int, *indices: int, of: int = 4, **columns) -> pa.Table:
         for index in indices
     ]
     return pa.Table.from_pylist(table, GENERATED)
+
+
+@pytest.fixture(autouse=True)
+def no_settling(monkeypatch):
+    monkeypatch.setattr(lease, "_SETTLE_S", 0.0)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import lease
 from pipeline.commit import part_bytes
 from pipeline.ledger import Ledger
 from pipeline.plan import row_id
@@ -14,6 +15,11 @@ from schemas.errors import ConfigError
 from schemas.ledger import CommitRecord
 from tests.pipeline.fake_run import job_of, run, write_images
 from tests.pipeline.test_read import tar_of
+
+
+@pytest.fixture(autouse=True)
+def no_settling(monkeypatch):
+    monkeypatch.setattr(lease, "_SETTLE_S", 0.0)
 
 
 @pytest.fixture
