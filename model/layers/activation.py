@@ -15,14 +15,15 @@ def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)), any shape."""
     if x.is_cuda:
         return torch.sigmoid(x)
-    return torch.exp(-x).add_(1).reciprocal_()
+    return x.neg().exp_().add_(1).reciprocal_()
 
 
 def silu(x: Tensor) -> Tensor:
     """x * sigmoid(x), any shape."""
     if x.is_cuda:
         return functional.silu(x)
-    return x / torch.exp(-x).add_(1)
+    denominator = x.neg().exp_().add_(1)
+    return torch.div(x, denominator, out=denominator)
 
 
 def gelu(x: Tensor) -> Tensor:
