@@ -55,7 +55,7 @@ class Committer:
         self._lease = lease
         self._schema = with_kept(GENERATED, ledger.kept)
         self._metadata = _part_metadata(ledger)
-        self._done = ledger.committed()
+        self._done = ledger.committed()  # and kept up to date by the ledger
         self._gathered: dict[int, _Gathered] = {}
 
     def add(self, rows: pa.Table) -> list[CommitRecord]:
@@ -88,7 +88,7 @@ class Committer:
             unit=unit,
             part=self._ledger.part_name(unit),
             rows=rows.num_rows,
-            bytes=len(part),
+            size=len(part),
             sha256=hashlib.sha256(part).hexdigest(),
             statuses=_counts(rows["status"]),
             reasons=_counts(rows["reason"]),
@@ -103,7 +103,6 @@ class Committer:
         except Exception as error:  # storage clients raise far more than OSError
             where = self._ledger.output
             raise LedgerError(f"cannot commit unit {unit} to {where}: {error}") from error
-        self._done[unit] = True
         return record
 
 

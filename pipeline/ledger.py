@@ -54,6 +54,7 @@ class Ledger:
     job: dict[str, Any]  # what job.json holds
     kept: pa.Schema  # the columns carried over from the source
     totals: PlanTotals
+    _done: np.ndarray | None = None
 
     def __init__(self, output: str, endpoint_url: str | None = None) -> None:
         self.fs, self.root = open_fs(output, endpoint_url)
@@ -109,6 +110,7 @@ class Ledger:
         if fingerprint is not None:
             self._refuse_another_job(fingerprint)
         self._open_plan()
+        self._done = None
         return True
 
     def _refuse_another_job(self, fingerprint: dict[str, Any]) -> None:
@@ -161,7 +163,15 @@ class Ledger:
             yield from read_plan(file)
 
     def committed(self) -> np.ndarray:
-        """bool [units of the plan]: which units have a record. One listing; no record is read."""
+        """bool [units of the plan]: which units have a record. No record is read.
+
+        Listed once, and kept up to date by `commit`: nobody else writes while the lease is held.
+        """
+        if self._done is None:
+            self._done = self._list_records()
+        return self._done
+
+    def _list_records(self) -> np.ndarray:
         done = np.zeros(self.totals.units, bool)
         for name in list_flat(self.fs, self._path("commits")):
             if match := _RECORD.fullmatch(name):
@@ -202,6 +212,7 @@ class Ledger:
         """Writes the part, then the record that makes it count."""
         write_whole(self.fs, self.part_path(record.unit), part, self._path("tmp"))
         self.write(f"commits/{record.unit:09}.json", record.to_json())
+        self.committed()[record.unit] = True
 
     def record(self, unit: int) -> CommitRecord:
         """Raises LedgerError when it is damaged, FileNotFoundError when it is not there."""

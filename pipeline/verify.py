@@ -19,6 +19,7 @@ from schemas.errors import ConfigError
 from schemas.ledger import CommitRecord, Unit
 
 _THREADS = 16
+_AHEAD = 256
 _MOST_PROBLEMS = 100  # told one by one
 
 
@@ -133,7 +134,10 @@ def _check_all(ledger: Ledger, done: np.ndarray, deep: bool) -> Iterator[_Checke
     with ThreadPoolExecutor(_THREADS) as pool:
         for table in ledger.planned():
             committed = [unit for unit in units_of(table) if done[unit.number]]
-            yield from pool.map(lambda unit: _check(ledger, unit, deep), committed)
+            for i in range(0, len(committed), _AHEAD):  # `map` does not wait for its reader
+                yield from pool.map(
+                    lambda unit: _check(ledger, unit, deep), committed[i : i + _AHEAD]
+                )
 
 
 def _check(ledger: Ledger, unit: Unit, deep: bool) -> _Checked:
@@ -161,8 +165,8 @@ def _row_ids(ledger: Ledger, record: CommitRecord, deep: bool) -> list[str]:
     """The row ids of a part, which must be as its record says; ValueError if it is not."""
     path = ledger.part_path(record.unit)
     with PatientFile(ledger.fs, path, cache_type="none") as file:
-        if file.size != record.bytes:
-            raise ValueError(f"{record.part} has {file.size} bytes, its record says {record.bytes}")
+        if file.size != record.size:
+            raise ValueError(f"{record.part} has {file.size} bytes, its record says {record.size}")
         source: Any = file
         if deep:
             data = file.read()

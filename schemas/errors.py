@@ -21,7 +21,7 @@ class Reason(StrEnum):
     READ_ERROR = "read_error"  # the storage answered with an error
     SOURCE_DAMAGED = "source_damaged"  # a tar cut in the middle, a Parquet file that does not open
     MISSING_COLUMN = "missing_column"  # a Parquet file without the image column
-    EMPTY_SOURCE = "empty_source"  # a tar without a single image
+    EMPTY_SOURCE = "empty_source"  # a tar without a single image, a Parquet file without rows
     MISSING_IMAGE = "missing_image"  # a null in the image column
     TOO_MANY_BYTES = "too_many_bytes"
 

@@ -21,7 +21,9 @@ class Unit:
     """The slice of a source that is read, retried and committed as a whole.
 
     names: relative to the source's root; many for IMAGES, one otherwise.
-    first_row, rows: of the Parquet file; rows is None for a tar, which must be read to be counted.
+    first_row, rows: of the Parquet file; rows is the count of names for IMAGES. It is None where
+    only reading tells: for a tar, and for a Parquet file that could not be planned (damaged, no
+    image column, no rows), which is read again as a whole and, if it still cannot be, is one row.
     """
 
     number: int
@@ -52,7 +54,7 @@ class CommitRecord:
     unit: int
     part: str
     rows: int
-    bytes: int
+    size: int  # of the part, in bytes
     sha256: str
     statuses: dict[str, int]
     reasons: dict[str, int] = field(default_factory=dict)

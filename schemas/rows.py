@@ -24,7 +24,7 @@ _IDENTITY = [
     ("unit_rows", pa.int32()),  # rows of the unit, on its last row; null before
     ("source", pa.string()),
     ("member", pa.string()),  # name within a tar, row number within a Parquet file
-    ("page", pa.int32()),
+    ("page", pa.int32()),  # of a document; null for an image
 ]
 _VERDICT = [("reason", pa.string()), ("message", pa.string())]
 _IMAGE = [

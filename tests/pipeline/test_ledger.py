@@ -115,6 +115,7 @@ def test_a_part_without_a_record_does_not_count(tmp_path):
     ledger = run(job_of(tmp_path / "in", tmp_path / "out"))
     ledger.remove("commits/000000001.json")
     (tmp_path / "out/_vl01/tmp/left-over").write_bytes(b"half")
+    assert ledger.resume()
     assert ledger.committed().tolist() == [True, False, True]
     assert [u.number for table in ledger.pending() for u in units_of(table)] == [1]
     ledger.clean_up()

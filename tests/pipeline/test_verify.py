@@ -39,7 +39,7 @@ def rewrite(ledger: Ledger, unit: int, change, keep_record: bool = False) -> Non
         ledger.fs.pipe_file(ledger.part_path(unit), data)
         return
     rows = pq.read_table(pa.BufferReader(data)).num_rows
-    fields = {**vars(record), "rows": rows, "bytes": len(data), "statuses": {"ok": rows}}
+    fields = {**vars(record), "rows": rows, "size": len(data), "statuses": {"ok": rows}}
     ledger.commit(CommitRecord(**fields), data)
 
 
