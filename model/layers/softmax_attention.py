@@ -66,8 +66,9 @@ def _attend(q_NHD: Tensor, keys_GLD: Tensor, values_GLD: Tensor, piece: Piece) -
     start = piece.position // BLOCK_TOKENS * BLOCK_TOKENS  # of the block the piece lies in
     keys, values = (x[:, : start + BLOCK_TOKENS] for x in (keys_GLD, values_GLD))
     # [N, H, D] -> [G, R * N, D]: the R query heads of a kv head are one product with it.
-    q = q_NHD.view(n, groups, -1, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim).float()
-    scores = (q @ keys.transpose(1, 2) * dim**-0.5).view(groups, -1, n, keys.shape[1])
+    q = q_NHD.view(n, groups, -1, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
+    q = q.float() * dim**-0.5
+    scores = (q @ keys.transpose(1, 2)).view(groups, -1, n, keys.shape[1])
     offset = piece.position - start
     offsets = torch.arange(BLOCK_TOKENS, device=q.device)
     future_NP = offsets > (offset + offsets[:n])[:, None]
