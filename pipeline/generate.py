@@ -19,11 +19,14 @@ import pyarrow as pa
 from model.engine.config import EngineConfig
 from model.engine.engine import Engine
 from pipeline.tables import add_columns
-from schemas.errors import Reason, RowError
+from schemas.errors import ConfigError, Reason, RowError
 from schemas.requests import FinishReason, Request, Result, Sampling
 from schemas.rows import GENERATED, with_kept
 
 logger = logging.getLogger(__name__)
+
+START_TRIES = 3
+START_WAIT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,15 @@ class Replica:
         self._busy_seconds = 0.0
         self._lock = threading.Lock()
         self._ready: Future[None] = Future()
-        # The thread builds the engine too: rank processes die with the thread that started them.
         threading.Thread(target=self._run, args=(config,), name="engine", daemon=True).start()
-        self._ready.result()
 
     def submit(self, request: Request) -> "Future[Result]":
-        """The future answer; RowError in it if the engine can never compute the request."""
+        """The future answer; RowError in it if the engine can never compute the request.
+
+        Waits until the model is loaded, and raises what kept it from being so. Raised here and
+        not when the actor is made, it ends the run once; Ray would make the actor again and again.
+        """
+        self._ready.result()
         answer: Future[Result] = Future()
         self._inbox.put((request, answer))
         return answer
@@ -131,7 +137,7 @@ class Replica:
 
     def _run(self, config: EngineConfig) -> None:
         try:
-            engine = Engine(config)
+            engine = start_engine(config)
         except Exception as error:
             self._ready.set_exception(error)
             return
@@ -168,6 +174,20 @@ class Replica:
             self._busy_seconds += time.perf_counter() - started
         for result in results:
             self._waiting.pop(result.id).set_result(result)
+
+
+def start_engine(config: EngineConfig) -> Engine:
+    """Raises what Engine does, after a few tries: GPUs that a killed replica held are free only
+    some seconds later."""
+    for _ in range(START_TRIES - 1):
+        try:
+            return Engine(config)
+        except ConfigError:
+            raise
+        except Exception:
+            logger.exception("the engine did not start; trying again")
+            time.sleep(START_WAIT_SECONDS)
+    return Engine(config)
 
 
 def _copy_answer(source: "Future[Result]", target: "Future[Result]") -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from typing import Literal
 
 import ray
 import ray.data
+from ray._private import worker as ray_worker
+from ray.exceptions import RayError
 
-from schemas.errors import ConfigError
+from schemas.errors import CheckpointError, ConfigError, EngineError, VL01Error
 from schemas.job import Job
 
 # Rows a replica holds, as a multiple of its sequences in flight: fewer, and the engine drains
@@ -43,8 +46,8 @@ class Placement:
 def ray_session(address: str) -> Iterator[None]:
     """Joins the cluster at `address`, or starts Ray on this machine, and leaves it at the end.
 
-    Ray's own progress bars and log lines stay in its session folder; errors that end a run reach
-    the user as exceptions.
+    Ray's own progress bars and log lines stay in its session folder. An error of a worker that
+    ends the run is raised as what it was there: ConfigError, or else EngineError.
     """
     started = not ray.is_initialized()
     if started:
@@ -58,9 +61,26 @@ def ray_session(address: str) -> Iterator[None]:
     _quieten_ray_data()
     try:
         yield
+    except RayError as error:
+        raise plain_error(error) from error
     finally:
         if started:
             ray.shutdown()
+
+
+def plain_error(error: RayError) -> VL01Error:
+    """The cause of a worker's error in one line, out of the tracebacks that Ray hands over as text.
+
+    Python prints the cause before what it led to, so the first error named is the one.
+    """
+    named = re.search(r"^([\w.]*(?:Error|Exception)): (.*)$", str(error), re.MULTILINE)
+    kind, message = named.groups() if named else (type(error).__name__, str(error))
+    if kind.rpartition(".")[2] in (ConfigError.__name__, CheckpointError.__name__):
+        return ConfigError(message)
+    return EngineError(
+        f"a worker failed: {kind}: {message} (--debug shows where). What is committed stays; "
+        "the same command goes on from here."
+    )
 
 
 def _start_ray(address: str) -> None:
@@ -74,6 +94,8 @@ def _start_ray(address: str) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+    # Ray prints the traceback of every task it tries again, whatever log_to_driver says.
+    ray_worker._worker_logs_enabled = False
 
 
 @contextmanager
@@ -153,6 +175,5 @@ def configure_ray_data(block_bytes: int) -> None:
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = block_bytes
     context.execution_no_progress_timeout_s = -1  # loading 423 GiB takes longer than the default
-    context.actor_init_retry_on_errors = True
     context.max_consecutive_actor_init_deaths = 3
     context.max_errored_blocks = 0  # more would drop whole blocks of rows

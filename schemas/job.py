@@ -29,7 +29,9 @@ class Job(BaseModel):
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1 keeps every token")
     seed: int = Field(0, ge=0, description="the same seed gives the same text")
-    stop: tuple[str, ...] = Field((), description="strings that end an answer")
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="strings that end an answer"
+    )
 
     image_column: str | None = Field(None, description="the image column of Parquet sources")
     keep: tuple[str, ...] = Field((), description="other Parquet columns to carry to the output")

@@ -32,6 +32,8 @@ class Sampling:
             raise ValueError(f"temperature is {self.temperature}; expected 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; expected more than 0 and at most 1")
+        if "" in self.stop:
+            raise ValueError("an empty stop string ends every text at once; expected characters")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 from model.engine.config import EngineConfig
 from pipeline import generate
 from pipeline.generate import Generate, GenerateSettings, row_seed
-from schemas.errors import Reason, RowError
+from schemas.errors import ConfigError, Reason, RowError
 from schemas.requests import FinishReason, Request, Result, Sampling
 from schemas.rows import GENERATED, PREPARED
 
@@ -118,14 +118,30 @@ def test_calls_side_by_side_share_one_engine_and_the_same_row_sent_twice_is_answ
     assert all(table["text"].to_pylist() == tables[0]["text"].to_pylist() for table in tables)
 
 
-def test_an_engine_that_cannot_start_says_why(monkeypatch):
-    def broken(config: EngineConfig) -> None:
-        raise MemoryError("47 GB of weights, 20 GB of memory")
+def start_with(monkeypatch, engine) -> Generate:
+    monkeypatch.setattr(generate, "Engine", engine)
+    monkeypatch.setattr(generate, "START_WAIT_SECONDS", 0.0)
+    return Generate(GenerateSettings(EngineConfig("nowhere"), Sampling(), TILE, NOTHING_KEPT))
 
-    monkeypatch.setattr(generate, "Engine", broken)
-    settings = GenerateSettings(EngineConfig("nowhere"), Sampling(), TILE, NOTHING_KEPT)
-    with pytest.raises(MemoryError, match="47 GB"):
-        Generate(settings)
+
+def test_an_engine_that_cannot_start_says_why_and_fails_the_batch_not_the_actor(monkeypatch):
+    def broken(config: EngineConfig) -> None:
+        raise ConfigError("47 GB of weights, 20 GB of memory")
+
+    stage = start_with(monkeypatch, broken)
+    with pytest.raises(ConfigError, match="47 GB"):
+        stage(prepared([good_row("a")]))
+
+
+def test_gpus_that_are_freed_late_do_not_end_the_run(monkeypatch):
+    failures = [MemoryError("still held"), MemoryError("still held")]
+
+    def late(config: EngineConfig) -> FakeEngine:
+        if failures:
+            raise failures.pop()
+        return FakeEngine(config)
+
+    assert start_with(monkeypatch, late)(prepared([good_row("a")]))["attempts"].to_pylist() == [1]
 
 
 def test_the_seed_of_a_row_depends_on_the_row_and_the_job_alone():

@@ -1,0 +1,95 @@
+"""What the cluster is asked for, and what is said when it is not there. Ray itself is not run."""
+
+import pytest
+import ray
+from ray.exceptions import RayError
+
+from pipeline import placement
+from pipeline.placement import place, plain_error
+from schemas.errors import ConfigError, EngineError, ExitCode
+from schemas.job import Job
+
+
+def job(**keys) -> Job:
+    return Job(source="in", output="out", model="model", prompt="What is it?", **keys)
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Pretends that Ray has joined a cluster of nodes with these resources."""
+
+    def pretend(*nodes: dict[str, float]) -> None:
+        total: dict[str, float] = {}
+        for node in nodes:
+            for name, amount in node.items():
+                total[name] = total.get(name, 0) + amount
+        monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+        monkeypatch.setattr(
+            ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes]
+        )
+
+    return pretend
+
+
+def test_too_few_gpus_are_named_before_any_model_is_loaded(cluster):
+    cluster({"CPU": 16, "GPU": 4})
+    with pytest.raises(ConfigError, match=r"2 replicas of 4 ranks need 8 GPUs; the cluster has 4"):
+        place(job(pp=4, replicas=2))
+
+
+def test_ranks_that_no_single_node_can_hold_are_refused(cluster):
+    cluster({"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2})
+    with pytest.raises(ConfigError, match="the largest here has 2"):
+        place(job(pp=4))
+
+
+def test_a_gpu_asked_for_by_name_is_not_quietly_replaced_by_the_cpu(cluster):
+    cluster({"CPU": 8})
+    with pytest.raises(ConfigError, match="the cluster has 0"):
+        place(job(device="cuda"))
+
+
+def test_each_rank_takes_a_gpu_and_the_other_cores_prepare(cluster):
+    cluster({"CPU": 16, "GPU": 8})
+    placed = place(job(pp=4, replicas=2))
+    assert (placed.device, placed.gpus_per_replica, placed.prepare_workers) == ("cuda", 4, 15)
+
+
+def test_ranks_on_cpu_share_the_cores_and_never_more_than_there_are(cluster):
+    cluster({"CPU": 2})
+    placed = place(job(pp=2, replicas=2))
+    assert (placed.device, placed.gpus_per_replica, placed.threads) == ("cpu", 0, 1)
+    assert placed.prepare_workers == 1
+
+
+def test_a_replica_holds_several_times_the_rows_it_computes_at_once(cluster):
+    cluster({"CPU": 2})
+    for sequences in (1, 3, 16, 100):
+        placed = place(job(max_sequences=sequences))
+        assert placed.batch_rows * placed.calls >= placement.HELD_PER_SEQUENCE * sequences
+
+
+NESTED = """ray::MapBatches(Generate)() (pid=1, ip=127.0.0.1)
+  File "x.py", line 6, in f
+    raise ConfigError("too small")
+schemas.errors.ConfigError: too small: 2 MiB
+
+The above exception was the direct cause of the following exception:
+
+ray.exceptions.UserCodeException: UDF failed to process a data block.
+To change retry attempts, configure something: please."""
+
+
+def test_a_workers_configuration_error_keeps_its_words_and_its_exit_code():
+    error = plain_error(RayError(NESTED))
+    assert isinstance(error, ConfigError)
+    assert str(error) == "too small: 2 MiB"
+    assert error.exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize("text", [NESTED.replace("schemas.errors.Config", "Value"), "no traceback"])
+def test_any_other_error_of_a_worker_stops_the_run_in_one_line(text):
+    error = plain_error(RayError(text))
+    assert isinstance(error, EngineError)
+    assert error.exit_code == ExitCode.STOPPED
+    assert len(str(error).splitlines()) == 1
