@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from schemas.report import Summary
 
@@ -23,33 +22,35 @@ def error(message: str, advice: str = "") -> None:
 def summary(result: Summary) -> None:
     """Rows by status, tokens, time in each stage, where the output is."""
     units = f"{result.committed_units:,} of {result.planned_units:,} units are committed"
-    _facts(
-        {
-            "output": f"{result.output} ({units})",
-            "rows": _counts(result.rows) or "none: all was done before",
-            "failures": _counts(result.reasons),
+    facts = {"output": f"{result.output} ({units})"}
+    if result.rows:
+        facts |= {
+            "rows": _counts(result.rows),
+            "reasons": _counts(result.reasons),
             "tokens": f"{result.prompt_tokens:,} read, {result.output_tokens:,} written",
             "time": _time(result),
             "stages": _stages(result),
         }
-    )
+    else:
+        facts["rows"] = "nothing was left to do"
+    _facts(facts)
 
 
 def _facts(facts: dict[str, str]) -> None:
-    grid = Table.grid(padding=(0, 2))
+    console = Console(highlight=False, soft_wrap=True)
     for name, value in facts.items():
         if value:
-            grid.add_row(f"[bold]{name}[/]", escape(value))
-    Console(soft_wrap=True).print(grid)
+            console.print(f"[bold]{name:<8}[/] {escape(value)}")
 
 
 def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()) if count)
+    by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count:,} {name}" for name, count in by_count if count)
 
 
 def _time(result: Summary) -> str:
     rows = sum(result.rows.values())
-    rate = f", {rows / result.seconds:,.2f} rows/s" if rows and result.seconds else ""
+    rate = f", {rows / result.seconds:,.2f} rows/s" if result.seconds else ""
     return f"{result.seconds:,.1f} s{rate}"
 
 
@@ -66,7 +67,7 @@ def verification(found: "Verification") -> None:
             "output": found.output,
             "units": f"{found.committed_units:,} of {found.planned_units:,} are committed",
             "rows": f"{found.rows:,}: {_counts(found.statuses)}" if found.rows else "0",
-            "failures": _counts(found.reasons),
+            "reasons": _counts(found.reasons),
             "missing": f"{found.missing_rows:,} rows" if found.missing_rows else "",
             "doubled": f"{found.doubled_rows:,} rows" if found.doubled_rows else "",
             "verdict": verdict,

@@ -190,6 +190,13 @@ def test_the_summary_tells_rows_reasons_tokens_times_and_place(vl01, flow):
     assert "generate 58.5 s" in out
 
 
+def test_a_run_that_finds_nothing_to_do_says_so(vl01, flow):
+    flow.answer = Summary("/data/captions", planned_units=3, committed_units=3)
+    code, out, _ = vl01(*CAPTION)
+    assert code == ExitCode.OK
+    assert "nothing was left to do" in out
+
+
 def dataset(**found) -> Verification:
     nothing = {
         "missing_rows": 0,
