@@ -1,0 +1,17 @@
+"""Triton kernels for CUDA devices. Import this only where there is one: Triton need not be installed elsewhere."""
+
+from model.layers.kernels.experts import experts
+from model.layers.kernels.lightning_attention import lightning_attention
+from model.layers.kernels.linear import int8_linear
+from model.layers.kernels.norm import gated_norm, residual_norm, rms_norm
+from model.layers.kernels.softmax_attention import paged_attention
+
+__all__ = [
+    "experts",
+    "gated_norm",
+    "int8_linear",
+    "lightning_attention",
+    "paged_attention",
+    "residual_norm",
+    "rms_norm",
+]

@@ -1,0 +1,124 @@
+"""Lightning attention over a ragged batch, the fp32 state of every sequence read and left in its slot.
+
+T tokens, H heads, D head width, S sequences; the pool is [slots, H, D(keys), D(values)]. Two kernels share a batch by
+the length of the sequence: chunks of prompts in the block form, single tokens in the recurrent one.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 64  # tokens a step of the block form
+
+
+def lightning_attention(
+    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, slopes_H: Tensor, state_SHKV: Tensor, batch
+) -> Tensor:
+    """S = exp(-slope) S + k^T v, o = q S (VL01.md) -> o_THD bf16; the pool is updated in place.
+
+    q, k, v may be views with a contiguous last dimension (the parts of one projection); slopes fp32.
+    A sequence with context 0 starts from a zero state whatever its slot holds.
+    """
+    tokens, heads, width = q_THD.shape
+    o_THD = torch.empty(tokens, heads, width, device=q_THD.device, dtype=q_THD.dtype)
+    sequences = len(batch.lengths)
+    tensors = (q_THD, k_THD, v_THD, o_THD, slopes_H, state_SHKV)
+    where = (batch.offsets_S1, batch.contexts_S, batch.slots_S)
+    strides = (*q_THD.stride()[:2], *k_THD.stride()[:2], *v_THD.stride()[:2])
+    if any(length > 1 for length in batch.lengths):
+        columns = min(width, 64)
+        _chunks[(width // columns, heads, sequences)](
+            *tensors, *where, *strides, heads,
+            WIDTH=width, COLUMNS=columns, CHUNK=CHUNK, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    if any(length == 1 for length in batch.lengths):
+        columns = min(width, 64)
+        _single_tokens[(width // columns, heads, sequences)](
+            *tensors, *where, *strides, heads, WIDTH=width, COLUMNS=columns, num_warps=8
+        )
+    return o_THD
+
+
+@triton.jit
+def _chunks(
+    q, k, v, o, slopes, state, offsets, contexts, slots,
+    q_token, q_head, k_token, k_head, v_token, v_head, heads,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One sequence, one head, COLUMNS of the values: CHUNK tokens a step."""
+    head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    start = tl.load(offsets + sequence)
+    length = tl.load(offsets + sequence + 1) - start
+    if length < 2:
+        return
+    i = tl.arange(0, CHUNK)
+    d = tl.arange(0, WIDTH)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rate = tl.load(slopes + head) * 1.4426950408889634  # decay a token as a power of two
+    # exp(-slope * (i - j)) = fall_i * rise_j: at most e^64 and e^-64, well inside fp32 and bf16.
+    fall = tl.exp2(-rate * i)
+    rise = tl.exp2(rate * i)
+    decay = tl.exp2(-rate)
+    causal = i[:, None] >= i[None, :]
+
+    slot = tl.load(slots + sequence).to(tl.int64)
+    place = state + (slot * heads + head) * WIDTH * WIDTH + d[:, None] * WIDTH + column[None, :]
+    memory = tl.zeros((WIDTH, COLUMNS), tl.float32)
+    if tl.load(contexts + sequence) > 0:
+        memory = tl.load(place)
+    first = start.to(tl.int64)
+    q += first * q_token + head * q_head
+    k += first * k_token + head * k_head
+    v += first * v_token + head * v_head
+    o += (first * heads + head) * WIDTH
+    for done in range(0, length, CHUNK):
+        left = length - done
+        live = (i < left)[:, None]
+        q_CD = tl.load(q + i[:, None] * q_token + d[None, :], mask=live, other=0.0)
+        k_CD = tl.load(k + i[:, None] * k_token + d[None, :], mask=live, other=0.0)
+        v_CV = tl.load(v + i[:, None] * v_token + column[None, :], mask=live, other=0.0)
+        # Both products of k take it risen, so the chunk's decays need no matrix of their own.
+        k_CD = (k_CD.to(tl.float32) * rise[:, None]).to(k_CD.dtype)
+        memory *= decay
+        scores = tl.where(causal, tl.dot(q_CD, tl.trans(k_CD)), 0.0)
+        out = tl.dot(q_CD, memory.to(q_CD.dtype))
+        out = tl.dot(scores.to(v_CV.dtype), v_CV, out) * fall[:, None]
+        tl.store(
+            o + i[:, None] * heads * WIDTH + column[None, :], out.to(o.dtype.element_ty), mask=live
+        )
+        # The last chunk may be short: decay by the tokens that are there.
+        memory = tl.dot(tl.trans(k_CD), v_CV, memory)
+        memory *= tl.exp2(-rate * (tl.minimum(left, CHUNK) - 1))
+        q += CHUNK * q_token
+        k += CHUNK * k_token
+        v += CHUNK * v_token
+        o += CHUNK * heads * WIDTH
+    tl.store(place, memory)
+
+
+@triton.jit
+def _single_tokens(
+    q, k, v, o, slopes, state, offsets, contexts, slots,
+    q_token, q_head, k_token, k_head, v_token, v_head, heads,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One sequence of one new token, one head, COLUMNS of the values."""
+    head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    token = tl.load(offsets + sequence).to(tl.int64)
+    if tl.load(offsets + sequence + 1) - token != 1:
+        return
+    d = tl.arange(0, WIDTH)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    slot = tl.load(slots + sequence).to(tl.int64)
+    place = state + (slot * heads + head) * WIDTH * WIDTH + d[:, None] * WIDTH + column[None, :]
+    memory = tl.load(place, mask=tl.load(contexts + sequence) > 0, other=0.0)
+    q_D = tl.load(q + token * q_token + head * q_head + d).to(tl.float32)
+    k_D = tl.load(k + token * k_token + head * k_head + d).to(tl.float32)
+    v_V = tl.load(v + token * v_token + head * v_head + column).to(tl.float32)
+    memory = memory * tl.exp(-tl.load(slopes + head)) + k_D[:, None] * v_V[None, :]
+    tl.store(place, memory)
+    out = tl.sum(q_D[:, None] * memory, 0)
+    tl.store(o + (token * heads + head) * WIDTH + column, out.to(o.dtype.element_ty))

@@ -1,0 +1,215 @@
+"""Every kernel against its slow twin in fp32. The bounds are those of bf16: 2^-9 a rounding, a few roundings each."""
+
+import pytest
+import torch
+
+from model.layers import lightning_attention as slow_lightning
+from model.layers import linear as slow_linear
+from model.layers import moe as slow_moe
+from model.layers import norm as slow_norm
+from model.layers import softmax_attention as slow_softmax
+from model.layers.ragged import BLOCK_TOKENS, RaggedBatch
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+from model.layers.kernels import experts, int8_linear, lightning_attention, norm, paged_attention
+from model.layers.kernels.experts import group_rows
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def random(*shape, scale=1.0, dtype=torch.bfloat16):
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
+
+
+def random_int8(*shape):
+    """Every value of int8, -128 too, and a bf16 scale for each row."""
+    weight = torch.randint(-128, 128, shape, device=DEVICE, dtype=torch.int8)
+    scale = torch.rand(*shape[:-1], 1, device=DEVICE) * 0.02 / shape[-1] ** 0.5 + 1e-4
+    return weight, scale.to(torch.bfloat16)
+
+
+def error(fast, slow):
+    """|fast - slow| / |slow|, NaN and inf never pass."""
+    assert torch.isfinite(fast).all()
+    return float((fast.double() - slow.double()).norm() / slow.double().norm())
+
+
+def batch_of(lengths, contexts, slots, blocks):
+    """Block tables drawn from a shuffled pool, so that no sequence's blocks are in order."""
+    pool = torch.randperm(blocks).tolist()
+    tables = []
+    for length, context in zip(lengths, contexts, strict=True):
+        needed = -(-(length + context) // BLOCK_TOKENS)
+        tables.append(pool[:needed])
+        pool = pool[needed:]
+    return RaggedBatch.build(lengths, contexts, slots, tables, DEVICE)
+
+
+MIXED = ([1, 300, 1, 64, 1, 129, 2], [7, 0, 0, 128, 700, 640, 63])
+BATCHES = pytest.mark.parametrize(
+    ("lengths", "contexts"),
+    [
+        MIXED,
+        ([1] * 9, [0, 1, 62, 63, 64, 65, 500, 2000, 3]),
+        ([1], [4000]),
+        ([70], [0]),
+        ([1000, 63], [0, 64]),
+    ],
+    ids=["mixed", "decode", "one", "one_chunk", "chunks"],
+)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 33, 64, 128, 200, 1000])
+@pytest.mark.parametrize(("outputs", "width"), [(9216, 6144), (1000, 96), (1024, 8192)])
+def test_int8_product_is_that_of_the_upcast_weights(tokens, outputs, width):
+    x = random(tokens, width)
+    weight, scale = random_int8(outputs, width)
+    slow = slow_linear.linear(x.float(), weight, scale)
+    assert error(int8_linear(x, weight, scale), slow) < 3e-3
+    silu = torch.nn.functional.silu(slow)
+    assert error(int8_linear(x, weight, scale, silu=True), silu) < 3e-3
+
+
+@pytest.mark.parametrize("rows", [1, 2, 255, 256, 257, 5000])
+def test_rows_keep_their_order_within_an_expert(rows):
+    chosen = torch.randint(0, 7, (rows, 1), device=DEVICE)
+    grouped = group_rows(chosen, 8)
+    assert grouped.rows_R.tolist() == chosen.flatten().argsort(stable=True).tolist()
+    assert grouped.ends_E.tolist() == chosen.flatten().bincount(minlength=8).cumsum(0).tolist()
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("skew", ["even", "one expert"])
+@pytest.mark.parametrize("tokens", [1, 5, 128, 300, 1500])
+def test_experts_agree_with_the_loop_over_experts(tokens, skew, quantized):
+    count, width, hidden = 8, 192, 256
+    x = random(tokens, hidden)
+    logits = torch.randn(tokens, count, device=DEVICE)
+    if skew == "one expert":
+        logits[:, 3] += 100
+    chosen, weights = slow_moe.route(logits, 2)
+    w13, s13 = random_int8(count, 2 * width, hidden)
+    w2, s2 = random_int8(count, hidden, width)
+    if not quantized:
+        w13, w2 = (w13 * s13.float()).bfloat16(), (w2 * s2.float()).bfloat16()
+        s13 = s2 = None
+    fast = experts(x, chosen, weights, w13, s13, w2, s2)
+    if not quantized:
+        w13, w2 = w13.float(), w2.float()
+    slow = slow_moe.experts(x.float(), chosen, weights, w13, s13, w2, s2)
+    assert error(fast, slow) < 6e-3
+    again = experts(
+        x,
+        chosen,
+        weights,
+        *((w13.bfloat16(), None, w2.bfloat16(), None) if not quantized else (w13, s13, w2, s2)),
+    )
+    assert torch.equal(fast, again)
+
+
+@pytest.mark.parametrize("heads", [64, 4])
+@BATCHES
+def test_lightning_attention_agrees_with_the_piecewise_form(lengths, contexts, heads):
+    dim, slots = 128, len(lengths) + 3
+    batch = batch_of(lengths, contexts, torch.randperm(slots)[: len(lengths)].tolist(), 200)
+    # Parts of one projection, as the layer hands them over.
+    qkv = random(sum(lengths), heads, 3 * dim, scale=0.3)
+    q, k, v = qkv.split(dim, dim=-1)
+    slopes = 2.0 ** (-8 * torch.arange(1, heads + 1, device=DEVICE) / heads)
+    state = random(slots, heads, dim, dim, dtype=torch.float32)
+    slow_state, untouched = state.clone(), state.clone()
+    slow = slow_lightning.lightning_attention(
+        q.float(), k.float(), v.float(), slopes, slow_state, batch
+    )
+    fast = lightning_attention(q, k, v, slopes, state, batch)
+    assert error(fast, slow) < 5e-3
+    assert error(state, slow_state) < 3e-3
+    others = sorted(set(range(slots)) - set(batch.slots_S.tolist()))
+    assert torch.equal(state[others], untouched[others])
+
+
+def test_a_decode_state_loses_nothing_to_bf16():
+    batch = batch_of([1] * 4, [5] * 4, [0, 1, 2, 3], 8)
+    q, k, v = (random(4, 64, 128) for _ in range(3))
+    slopes = torch.full((64,), 0.01, device=DEVICE)
+    state = random(4, 64, 128, 128, dtype=torch.float32)
+    slow_state = state.clone()
+    for _ in range(50):
+        lightning_attention(q, k, v, slopes, state, batch)
+        slow_lightning.lightning_attention(
+            q.float(), k.float(), v.float(), slopes, slow_state, batch
+        )
+    assert error(state, slow_state) < 1e-5
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(64, 8), (4, 4)])
+@BATCHES
+def test_paged_attention_agrees_with_the_piecewise_form(lengths, contexts, heads, groups):
+    dim, blocks = 128, 200
+    batch = batch_of(lengths, contexts, list(range(len(lengths))), blocks)
+    tokens = sum(lengths)
+    q = random(tokens, heads, dim)
+    k, v = random(tokens, groups, 2 * dim).split(dim, dim=-1)
+    keys, values = (random(blocks, BLOCK_TOKENS, groups, dim) for _ in range(2))
+    for sequence, (length, context) in enumerate(zip(lengths, contexts, strict=True)):
+        end = context + length
+        block = int(batch.blocks_SB[sequence, (end - 1) // BLOCK_TOKENS])
+        for pool in (keys, values):  # what was left there must not reach the result
+            pool[block, (end - 1) % BLOCK_TOKENS + 1 :] = float("nan")
+    slow_keys, slow_values = keys.float(), values.float()
+    slow = slow_softmax.paged_attention(
+        q.float(), k.float(), v.float(), slow_keys, slow_values, batch
+    )
+    fast = paged_attention(q, k, v, keys, values, batch)
+    assert error(fast, slow) < 6e-3
+    assert torch.equal(keys.nan_to_num(9.0), slow_keys.nan_to_num(9.0).bfloat16())
+    assert torch.equal(values.nan_to_num(9.0), slow_values.nan_to_num(9.0).bfloat16())
+
+
+@pytest.mark.parametrize("width", [6144, 8192, 96])
+@pytest.mark.parametrize("tokens", [1, 77])
+def test_fused_norms_agree_with_the_plain_ones(tokens, width):
+    x, y, weight = random(tokens, width), random(tokens, width), random(width)
+    f = torch.Tensor.float
+    plain = slow_norm.rms_norm(f(x), f(weight), 1e-5)
+    assert error(norm.rms_norm(x, weight, 1e-5), plain) < 3e-3
+    residual = slow_norm.rms_norm(3.5 * f(x) + 0.5 * f(y), f(weight), 1e-5)
+    assert error(norm.residual_norm(x, y, 3.5, 0.5, weight, 1e-5), residual) < 3e-3
+    gated = slow_norm.rms_norm(f(x), f(weight), 1e-6) * torch.sigmoid(f(y))
+    assert error(norm.gated_norm(x, y, weight, 1e-6), gated) < 3e-3
+
+
+def test_decode_kernels_can_be_captured_once_and_replayed_with_longer_contexts():
+    """No host synchronisation, and no grid that depends on the contexts."""
+    lengths, contexts = [1] * 5, [100, 3, 63, 900, 0]
+    heads, groups, dim, blocks = 64, 8, 128, 64
+    batch = batch_of(lengths, contexts, [4, 3, 2, 1, 0], blocks)
+    q, k, v = random(5, heads, dim), random(5, groups, dim), random(5, groups, dim)
+    keys, values = (random(blocks, BLOCK_TOKENS, groups, dim) for _ in range(2))
+    paged_attention(q, k, v, keys, values, batch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fast = paged_attention(q, k, v, keys, values, batch)
+    batch.contexts_S.sub_(1).clamp_(min=0)
+    shorter = batch_contexts(batch, [max(c - 1, 0) for c in contexts])
+    slow = slow_softmax.paged_attention(
+        q.float(), k.float(), v.float(), keys.float(), values.float(), shorter
+    )
+    graph.replay()
+    assert error(fast, slow) < 6e-3
+
+
+def batch_contexts(batch, contexts):
+    """The same sequences and tables with other contexts."""
+    return RaggedBatch.build(
+        batch.lengths, contexts, batch.slots_S.tolist(), batch.blocks_SB.tolist(), DEVICE
+    )
