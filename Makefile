@@ -36,7 +36,7 @@ clean:  ## remove the environment and all that was made here
 .venv/installed-%: pyproject.toml constraints.txt | .venv
 	@echo "Installing vl01-batch[$*] into .venv; the first time takes some minutes."
 	@$(BIN)/python -m pip install --progress-bar off --constraint constraints.txt \
-	    --editable '.[$*]' | awk '/^(Collecting|Installing|Successfully)/ {print; fflush()}'
+	    --editable '.[$*]' | awk '/^(Collecting|Installing|Successfully)/ {print substr($$0, 1, 100); fflush()}'
 	@touch $@
 
 .venv:
