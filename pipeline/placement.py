@@ -21,6 +21,8 @@ from schemas.job import Job
 # Rows a replica holds, as a multiple of its sequences in flight: fewer, and the engine drains
 # whenever a batch waits for its longest answer.
 HELD_PER_SEQUENCE = 4
+GPU_SEQUENCES = 128  # for feeding only: how many really fit is known once the model is loaded
+CPU_SEQUENCES = 16  # more would only be finished later
 CALLS_PER_SEQUENCES = 4  # smaller batches are committed sooner, larger ones cost Ray less
 
 
@@ -33,6 +35,7 @@ class Placement:
     replicas: int
     prepare_workers: int
     threads: int | None  # of a rank on CPU
+    max_sequences: int | None  # in flight in a replica; None: as many as its memory holds
     chunk_tokens: int  # computed together by a replica
     batch_rows: int  # rows of one call of a replica
     calls: int  # calls of a replica side by side
@@ -122,8 +125,8 @@ def place(job: Job) -> Placement:
     on_gpu = job.device == "cuda" or (job.device == "auto" and gpus > 0)
     if on_gpu:
         _check_gpus(job, gpus)
-    sequences = job.max_sequences or (128 if on_gpu else 16)
-    batch_rows = -(-sequences // CALLS_PER_SEQUENCES)
+    max_sequences = job.max_sequences or (None if on_gpu else CPU_SEQUENCES)
+    batch_rows = -(-(max_sequences or GPU_SEQUENCES) // CALLS_PER_SEQUENCES)
     cores = int(resources.get("CPU", 1))
     return Placement(
         device="cuda" if on_gpu else "cpu",
@@ -131,6 +134,7 @@ def place(job: Job) -> Placement:
         replicas=job.replicas,
         prepare_workers=job.prepare_workers or _prepare_workers(on_gpu, cores, job),
         threads=None if on_gpu else max(1, cores // (job.pp * job.replicas)),
+        max_sequences=max_sequences,
         chunk_tokens=job.chunk_tokens or (8192 if on_gpu else 2048),
         batch_rows=batch_rows,
         calls=HELD_PER_SEQUENCE * CALLS_PER_SEQUENCES,

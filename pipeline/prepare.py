@@ -20,8 +20,9 @@ from pipeline.tables import add_columns
 from schemas.errors import RowError
 from schemas.rows import PREPARED, with_kept
 
-# Tiles that leave a worker together. 16 pages are 100 MB; larger blocks make Ray spill to disk.
-BLOCK_BYTES = 32 * 1024**2
+# Tiles that leave a worker together: five photographs or a page. A replica answers a block as a
+# whole, so in larger ones the first rows wait for the last (and Ray spills to disk sooner).
+BLOCK_BYTES = 8 * 1024**2
 
 
 @dataclass(frozen=True)

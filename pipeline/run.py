@@ -58,7 +58,9 @@ def run(job: Job) -> Summary:
         committer = Committer(ledger, lease)
         tally = Tally(progress)
         if pending.num_rows:
-            progress.start(pending.num_rows, "starting Ray, loading the model")
+            progress.start(
+                pending.num_rows, "starting Ray, loading the model, computing the first answers"
+            )
             with ray_session(job.address):
                 read = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept)
                 flow = Flow(job, config, template, read, place(job))
@@ -144,7 +146,7 @@ class Flow:
             quantization=job.quantization,
             threads=self.place.threads,
             chunk_tokens=self.place.chunk_tokens,
-            max_sequences=job.max_sequences,
+            max_sequences=self.place.max_sequences,
             cache_bytes=None if job.cache_gib is None else int(job.cache_gib * 1024**3),
         )
         return GenerateSettings(

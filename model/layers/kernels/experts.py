@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.layers.kernels import wide
 from model.layers.kernels.int8 import load_weight, settle
 
 
@@ -38,6 +39,7 @@ CONFIGS = (
     (192, ExpertsConfig(GroupedConfig(64, 64, 128, 8, 3), GroupedConfig(128, 128, 128, 8, 3))),
     (1 << 62, ExpertsConfig(GroupedConfig(64, 128, 64, 4, 4), GroupedConfig(128, 128, 64, 4, 4))),
 )
+MOST_NARROW = 192  # rows an expert; more of them go to wide.py
 SORT_ROWS = 256
 
 
@@ -59,18 +61,24 @@ def experts(
         return y_TD
     x_TD = x_TD.contiguous()
     rows = experts_TK.numel()
-    config = config or next(c for most, c in CONFIGS if rows <= most * count)
     h_RF = torch.empty(rows, width, device=x_TD.device, dtype=x_TD.dtype)
     y_RD = torch.empty(rows, hidden, device=x_TD.device, dtype=x_TD.dtype)
-
     grouped = group_rows(experts_TK, count)
-    _launch(_gate_up, config.w13, grouped, x_TD, w13_EFD, w13_scale_EF1, h_RF, width, hidden,
-            CHOICES=experts_TK.shape[1])  # fmt: skip
-    _launch(_down, config.w2, grouped, h_RF, w2_EDF, w2_scale_ED1, y_RD, hidden, width,
-            route_weights=weights_TK.contiguous())  # fmt: skip
+    choices, weights_TK = experts_TK.shape[1], weights_TK.contiguous()
+    whole_steps = wide.can_multiply(hidden) and wide.can_multiply(width)
+    if config is None and w13_scale_EF1 is not None and rows > MOST_NARROW * count and whole_steps:
+        pairs = (w13_EFD.view(torch.int16), w2_EDF.view(torch.int16))
+        wide.gate_up(x_TD, pairs[0], w13_scale_EF1, h_RF, grouped, choices)
+        wide.down(h_RF, pairs[1], w2_scale_ED1, y_RD, grouped, weights_TK)
+    else:
+        config = config or next(c for most, c in CONFIGS if rows <= most * count)
+        _launch(_gate_up, config.w13, grouped, x_TD, w13_EFD, w13_scale_EF1, h_RF, width, hidden,
+                CHOICES=choices)  # fmt: skip
+        _launch(_down, config.w2, grouped, h_RF, w2_EDF, w2_scale_ED1, y_RD, hidden, width,
+                route_weights=weights_TK)  # fmt: skip
     block = 1024
     _sum_choices[(tokens, triton.cdiv(hidden, block))](
-        y_RD, y_TD, hidden, CHOICES=experts_TK.shape[1], BLOCK=block
+        y_RD, y_TD, hidden, CHOICES=choices, BLOCK=block
     )
     return y_TD
 

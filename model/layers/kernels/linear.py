@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.layers.kernels import wide
 from model.layers.kernels.int8 import load_weight, settle
 
 
@@ -35,6 +36,7 @@ CONFIGS = (
     (1 << 62, LinearConfig(rows=128, tokens=128, columns=64, warps=4, stages=4)),
 )
 ENOUGH_TILES = 288  # more than two a multiprocessor of an H100: K need not be split to fill it
+MOST_NARROW = 128  # tokens; more of them go to wide.py
 GROUPED_TILES = 4  # token tiles that share a weight tile while it is in the L2 cache
 
 
@@ -49,6 +51,10 @@ def int8_linear(
     if tokens == 0:
         return y_TN
     x_TK = x_TK.contiguous()
+    pairs_NK = weight_NK.view(torch.int16)
+    if config is None and tokens > MOST_NARROW and wide.can_multiply(width):
+        wide.linear(x_TK, pairs_NK, scale_N1, y_TN, silu)
+        return y_TN
     config = config or next(c for most, c in CONFIGS if tokens <= most)
     columns = min(config.columns, width & -width)
     tiles = triton.cdiv(outputs, config.rows) * triton.cdiv(tokens, config.tokens)
@@ -59,7 +65,7 @@ def int8_linear(
     if splits > 1:
         out = torch.empty(splits, tokens, outputs, device=x_TK.device, dtype=torch.float32)
     _product[(tiles, splits)](
-        x_TK, weight_NK.view(torch.int16), scale_N1, out, tokens, outputs,
+        x_TK, pairs_NK, scale_N1, out, tokens, outputs,
         K=width, PART=width // splits, ROWS=config.rows, TOKENS=config.tokens, COLUMNS=columns,
         GROUPED=GROUPED_TILES, PARTIAL=splits > 1, SILU=silu, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
