@@ -61,6 +61,8 @@ def experts(
         return y_TD
     x_TD = x_TD.contiguous()
     rows = experts_TK.numel()
+    if max(x_TD.numel(), rows * width) >= 1 << 31:
+        raise ValueError(f"{rows} rows of {width}; the kernels index them with 32 bits")
     h_RF = torch.empty(rows, width, device=x_TD.device, dtype=x_TD.dtype)
     y_RD = torch.empty(rows, hidden, device=x_TD.device, dtype=x_TD.dtype)
     grouped = group_rows(experts_TK, count)

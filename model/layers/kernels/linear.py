@@ -50,6 +50,8 @@ def int8_linear(
     y_TN = torch.empty(tokens, outputs, device=x_TK.device, dtype=x_TK.dtype)
     if tokens == 0:
         return y_TN
+    if x_TK.numel() >= 1 << 31:
+        raise ValueError(f"{tokens} tokens of {width}; the kernels index x with 32 bits")
     x_TK = x_TK.contiguous()
     pairs_NK = weight_NK.view(torch.int16)
     if config is None and tokens > MOST_NARROW and wide.can_multiply(width):
