@@ -19,7 +19,6 @@ from jobs.flags import with_flags
 from jobs.task import Task
 from schemas.errors import ExitCode, VL01Error
 from schemas.job import Job
-from schemas.rows import Status
 
 # Help is printed as it stands here: lines of at most 76 columns fit a terminal of 80.
 _STATUSES = """[bold]Statuses of a row[/bold]
@@ -181,10 +180,7 @@ def _run(job: Job) -> NoReturn:
         show.error("stopped. What is committed stays; the same command goes on from there.")
         raise typer.Exit(ExitCode.STOPPED) from None
     show.summary(summary)
-    if not summary.complete:
-        raise typer.Exit(ExitCode.UNACCOUNTED)
-    failed = summary.rows.get(Status.FAILED, 0)
-    raise typer.Exit(ExitCode.STRICT if job.strict and failed else ExitCode.OK)
+    raise typer.Exit(ExitCode.STRICT if summary.failed_in_all else ExitCode.OK)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -21,8 +21,7 @@ def error(message: str, advice: str = "") -> None:
 
 def summary(result: Summary) -> None:
     """Rows by status, tokens, time in each stage, where the output is."""
-    units = f"{result.committed_units:,} of {result.planned_units:,} units are committed"
-    facts = {"output": f"{result.output} ({units})"}
+    facts = {"output": f"{result.output} ({result.units:,} units, all committed)"}
     if result.rows:
         facts |= {
             "rows": _counts(result.rows),

@@ -49,7 +49,7 @@ class Progress:
         if self._live is not None:
             self._live.stop()
         else:
-            self._console.print(self.line())
+            self._console.print(self.line(), soft_wrap=True)
 
     def start(self, pending_units: int, phase: str) -> None:
         self.pending_units, self.phase = pending_units, phase
@@ -90,9 +90,9 @@ class Progress:
         return f"about {clock(pace * (self.pending_units - self.committed_units))} left"
 
     def _print_lines(self) -> None:
-        self._console.print(self.line())
+        self._console.print(self.line(), soft_wrap=True)
         while not self._done.wait(QUIET_SECONDS):
-            self._console.print(self.line())
+            self._console.print(self.line(), soft_wrap=True)
 
 
 def clock(seconds: float) -> str:

@@ -66,8 +66,10 @@ def run(job: Job) -> Summary:
                 flow = Flow(job, config, template, read, place(job))
                 for rows in flow.generated(pending):
                     tally.generated(rows)
-                    tally.committed(committer.add(rows))
-        return tally.summary(ledger, committer)
+                    with tally.committing():
+                        records = committer.add(rows)
+                    tally.committed(records)
+        return tally.summary(ledger, committer, job.strict)
 
 
 def plan_or_resume(job: Job, source: Source, ledger: Ledger, lease: Lease) -> pa.Table:

@@ -2,7 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import pyarrow as pa
 
@@ -13,7 +14,7 @@ from schemas.errors import EngineError
 from schemas.ledger import CommitRecord
 from schemas.report import Summary
 
-_STAGES: tuple[str, ...] = ("read", "prepare", "generate")
+_TIMED_BY_ROW = ("read", "prepare", "generate")
 
 
 class Tally:
@@ -24,19 +25,26 @@ class Tally:
         self._started = time.monotonic()
         self._rows: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
-        self._stage_seconds: dict[str, float] = dict.fromkeys(_STAGES, 0.0)
+        self._stage_seconds: dict[str, float] = dict.fromkeys((*_TIMED_BY_ROW, "commit"), 0.0)
         self._prompt_tokens = 0
         self._output_tokens = 0
 
     def generated(self, rows: pa.Table) -> None:
         """Rows in the GENERATED schema, as they leave the replicas."""
-        for stage in _STAGES:
+        for stage in _TIMED_BY_ROW:
             self._stage_seconds[stage] += sum(_known(rows[f"{stage}_seconds"]))
         self._progress.generated(
             rows=rows.num_rows,
             failed=rows["finish_reason"].null_count,
             tokens=sum(_known(rows["prompt_tokens"])) + sum(_known(rows["output_tokens"])),
         )
+
+    @contextmanager
+    def committing(self) -> Iterator[None]:
+        """Times what is done inside as the commit stage."""
+        started = time.monotonic()
+        yield
+        self._stage_seconds["commit"] += time.monotonic() - started
 
     def committed(self, records: Iterable[CommitRecord]) -> None:
         for record in records:
@@ -46,7 +54,7 @@ class Tally:
             self._output_tokens += record.output_tokens
             self._progress.committed(1)
 
-    def summary(self, ledger: Ledger, committer: Committer) -> Summary:
+    def summary(self, ledger: Ledger, committer: Committer, strict: bool) -> Summary:
         """Raises EngineError when units are left: rows of them went missing on the way."""
         committed = int(ledger.committed().sum())
         planned = ledger.totals.units
@@ -57,14 +65,14 @@ class Tally:
             )
         return Summary(
             output=ledger.output,
-            planned_units=planned,
-            committed_units=committed,
+            units=planned,
             rows=dict(self._rows),
             reasons=dict(self._reasons),
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
             seconds=time.monotonic() - self._started,
             stage_seconds=self._stage_seconds,
+            failed_in_all=ledger.failed_rows() if strict else None,
         )
 
 

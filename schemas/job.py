@@ -15,7 +15,7 @@ Positive = Annotated[int, Field(ge=1)]
 class Job(BaseModel):
     """Every key of a job file; each is a flag of the command too (max_pixels: `--max-pixels`)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     task: Literal["caption"] = "caption"
     source: str = Field(description="a folder, a glob, a .tar, a .parquet, or one image")

@@ -12,15 +12,11 @@ class Summary:
     """
 
     output: str
-    planned_units: int
-    committed_units: int  # by this run and the ones before it
+    units: int  # all that were planned, committed by this run and the ones before it
     rows: dict[str, int] = field(default_factory=dict)  # by status
     reasons: dict[str, int] = field(default_factory=dict)
     prompt_tokens: int = 0
     output_tokens: int = 0
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def complete(self) -> bool:
-        return self.committed_units == self.planned_units
+    failed_in_all: int | None = None  # failed rows of every run; counted for a strict job only

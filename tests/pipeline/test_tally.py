@@ -1,0 +1,62 @@
+import io
+import tarfile
+
+import pyarrow as pa
+import pytest
+from rich.console import Console
+
+from pipeline.commit import Committer
+from pipeline.lease import Lease
+from pipeline.ledger import Ledger
+from pipeline.progress import Progress
+from pipeline.tally import Tally
+from schemas.errors import EngineError
+from schemas.rows import GENERATED
+from tests.pipeline.fake_run import job_of, run, write_images
+
+
+@pytest.fixture
+def tally() -> Tally:
+    return Tally(Progress(Console(file=io.StringIO())))
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    """Of a finished run over six images and a tar without any: 6 rows ok, 1 failed."""
+    write_images(tmp_path / "source", 6)
+    tarfile.open(tmp_path / "source" / "none.tar", "w").close()
+    return run(job_of(tmp_path / "source", tmp_path / "out"))
+
+
+def test_a_strict_job_counts_the_failures_of_earlier_runs_too(tally, ledger):
+    with Lease(ledger) as lease:
+        summary = tally.summary(ledger, Committer(ledger, lease), strict=True)
+    assert summary.failed_in_all == 1
+    assert summary.rows == {}
+
+
+def test_units_that_went_missing_on_the_way_stop_the_run(tally, ledger):
+    ledger.remove("commits/000000000.json")
+    ledger = Ledger(ledger.output)  # a ledger lists its records once
+    ledger.resume()
+    with (
+        Lease(ledger) as lease,
+        pytest.raises(EngineError, match="1 of 3 units are not done"),
+    ):
+        tally.summary(ledger, Committer(ledger, lease), strict=False)
+
+
+def test_rows_tokens_and_seconds_add_up(tally, ledger):
+    row = {"finish_reason": "stop", "prompt_tokens": 90, "output_tokens": 10}
+    seconds = {"read_seconds": 0.5, "prepare_seconds": 1.0, "generate_seconds": 2.0}
+    bad = {"reason": "decode_error", "read_seconds": 0.5}
+    tally.generated(pa.Table.from_pylist([row | seconds, row | seconds, bad], schema=GENERATED))
+    with tally.committing():
+        tally.committed([ledger.record(0), ledger.record(1)])
+    with Lease(ledger) as lease:
+        summary = tally.summary(ledger, Committer(ledger, lease), strict=False)
+    assert summary.rows == {"ok": 4, "failed": 1}
+    assert summary.reasons == {"empty_source": 1}
+    assert (summary.prompt_tokens, summary.output_tokens) == (40, 8)
+    assert summary.stage_seconds.pop("commit") >= 0
+    assert summary.stage_seconds == {"read": 1.5, "prepare": 2.0, "generate": 4.0}
