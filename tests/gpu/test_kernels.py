@@ -1,4 +1,4 @@
-"""Every kernel against its slow twin in fp32; the bounds are a few roundings to bf16 (2^-9) each."""
+"""Every kernel against its slow twin in fp32; the bounds are a few roundings to bf16 (2^-9)."""
 
 import pytest
 import torch
@@ -111,7 +111,7 @@ def test_experts_agree_with_the_loop_over_experts(tokens, skew, quantized):
 
 @pytest.mark.parametrize("tokens", [16, 64, 128, 129, 300, 3000])
 def test_a_product_is_the_same_every_time(tokens):
-    """Registers or slots used again too early show as bits that move, before they show as an error."""
+    """Registers or slots used again too early show as bits that move."""
     x = random(tokens, 6144)
     weight, scale = random_int8(9216, 6144)
     first = int8_linear(x, weight, scale)

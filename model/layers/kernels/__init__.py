@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA devices. Import this only where there is one: Triton need not be installed elsewhere."""
+"""Triton kernels for CUDA devices. Import it only where there is one: Triton may be missing."""
 
 from model.layers.kernels.experts import experts
 from model.layers.kernels.lightning_attention import lightning_attention

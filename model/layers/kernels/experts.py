@@ -1,9 +1,12 @@
-"""The chosen experts of every token: rows grouped by expert on the device, two grouped products, a sum per token.
+"""The experts of every token: rows grouped by expert on the device, two grouped products, a sum.
 
-T tokens, K experts of a token, R = T * K rows (row r is choice r % K of token r // K), E experts, D hidden,
-F expert width. Nothing here waits for the device: grids are sized for the worst split of rows over experts
-and programs past the real one leave at once. No atomics: the same input gives the same bits.
+T tokens, K experts of a token, R = T * K rows (row r is choice r % K of token r // K), E experts,
+D hidden, F expert width. Nothing here waits for the device: grids are sized for the worst split of
+rows over experts, and programs past the real one leave at once. No atomics: the same input gives
+the same bits.
 """
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
 
 from dataclasses import dataclass
 
@@ -31,7 +34,7 @@ class ExpertsConfig:
     w2: GroupedConfig
 
 
-# Measured on an H100 with 32 experts of 9216 x 6144 (tests/gpu/bench_kernels.py); up to so many rows an expert.
+# Up to so many rows an expert; measured on an H100 with 32 experts of 9216 x 6144.
 CONFIGS = (
     (10, ExpertsConfig(GroupedConfig(32, 16, 256, 4, 3), GroupedConfig(64, 16, 256, 4, 3))),
     (20, ExpertsConfig(GroupedConfig(64, 32, 128, 8, 3), GroupedConfig(128, 32, 128, 8, 3))),
@@ -95,7 +98,7 @@ class GroupedRows:
         return self.ends_E.shape[0]
 
     def most_tiles(self, tile: int) -> int:
-        """Tiles of `tile` rows that are enough however the rows fall; known without asking the device."""
+        """Tiles of `tile` rows that are enough however the rows fall on the experts."""
         rows = self.rows_R.shape[0]
         return (rows + min(self.experts, rows) * (tile - 1)) // tile
 
@@ -126,13 +129,15 @@ def group_rows(experts_TK: Tensor, count: int) -> GroupedRows:
 
 
 def _launch(kernel, config, grouped, x, weight_ENK, scale_EN1, out, outputs, width, **more):
-    """One grouped product over all experts; `outputs` is the width of `out`, `width` the one summed over."""
+    """One grouped product over all experts; `width` is summed over, `out` has `outputs` columns."""
     quantized = scale_EN1 is not None
     tiles = grouped.most_tiles(config.tokens)
     kernel[(tiles * triton.cdiv(outputs, config.rows),)](
-        x, weight_ENK.view(torch.int16) if quantized else weight_ENK, scale_EN1 if quantized else x, out,
+        x, weight_ENK.view(torch.int16) if quantized else weight_ENK,
+        scale_EN1 if quantized else x, out,
         grouped.rows_R, grouped.ends_E, outputs, grouped.experts, **more,
-        K=width, ROWS=config.rows, TOKENS=config.tokens, COLUMNS=min(config.columns, width & -width),
+        K=width, ROWS=config.rows, TOKENS=config.tokens,
+        COLUMNS=min(config.columns, width & -width),
         EXPERTS=triton.next_power_of_2(grouped.experts), QUANTIZED=quantized,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -201,7 +206,7 @@ def _multiply(
 ):  # fmt: skip
     """W[n] x[row]^T -> fp32 [ROWS, TOKENS], not yet scaled.
 
-    K is a constant because ptxas waits for every single wgmma where the trip count of the loop is unknown.
+    K is a constant: ptxas waits for every single wgmma where the trip count of a loop is unknown.
     """
     stored = tl.arange(0, COLUMNS // PACKED)
     places = n[:, None] * (K // PACKED) + stored[None, :]
@@ -223,7 +228,7 @@ def _gate_up(
     CHOICES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
     EXPERTS: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """h[row] = silu(w1 x) * w3 x, rows in sorted order; a weight tile is ROWS of w1 above ROWS of w3."""
+    """h[sorted row] = silu(w1 x) * w3 x; a weight tile is ROWS of w1 above ROWS of w3."""
     expert, block, first, end = _find_tile(
         tl.program_id(0), ends, tl.cdiv(N, ROWS), count, TOKENS, EXPERTS
     )

@@ -1,5 +1,7 @@
 """The upcast of packed int8 weights inside a kernel; knows nothing of the products that use it."""
 
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 import triton
 import triton.language as tl
 
@@ -8,13 +10,13 @@ import triton.language as tl
 def load_weight(pointers, QUANTIZED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A weight tile [ROWS, COLUMNS] in bf16, from bf16, or from int8 read as int16 pairs.
 
-    `pointers` is [ROWS, COLUMNS] of bf16 or [ROWS, COLUMNS // 2] of int16. Pairs, because a thread's
-    part of wgmma's first operand is pairs of columns: single bytes would each be moved and packed
-    again (136 instructions for 32 weights against 80).
+    `pointers` is [ROWS, COLUMNS] of bf16 or [ROWS, COLUMNS // 2] of int16. Pairs, because a
+    thread's part of wgmma's first operand is pairs of columns: single bytes would each be moved
+    and packed again (136 instructions for 32 weights against 80).
     """
     if QUANTIZED:
-        # 0x43uu in bf16 is 128 + low 7 bits, or 256 + twice them when the sign bit is set; clearing the
-        # sign bit and taking away 128 or 256 (what the sign bit alone reads as) leaves the signed value.
+        # As bf16, 0x4300 plus 7 bits is 128 plus their value, and 0x4380 is 256. So clear the sign
+        # bit, take away what 0x43 and the sign bit read as, and the signed value is left.
         low, high = tl.inline_asm_elementwise(
             """{
             .reg .b32 t, u, v;

@@ -1,8 +1,11 @@
-"""Lightning attention over a ragged batch, the fp32 state of every sequence read and left in its slot.
+"""Lightning attention over a ragged batch; the fp32 states are read from and left in their slots.
 
-T tokens, H heads, D head width, S sequences; the pool is [slots, H, D(keys), D(values)]. Two kernels share a batch by
-the length of the sequence: chunks of prompts in the block form, single tokens in the recurrent one.
+T tokens, H heads, D head width, S sequences; the pool is [slots, H, D(keys), D(values)]. Two
+kernels share a batch by the length of the sequence: chunks of prompts in the block form, single
+tokens in the recurrent one.
 """
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
 
 import torch
 import triton
@@ -17,7 +20,7 @@ def lightning_attention(
 ) -> Tensor:
     """S = exp(-slope) S + k^T v, o = q S (VL01.md) -> o_THD bf16; the pool is updated in place.
 
-    q, k, v may be views with a contiguous last dimension (the parts of one projection); slopes fp32.
+    q, k, v may be views with a contiguous last dimension (parts of one projection); slopes fp32.
     A sequence with context 0 starts from a zero state whatever its slot holds.
     """
     tokens, heads, width = q_THD.shape

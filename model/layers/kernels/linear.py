@@ -1,9 +1,11 @@
 """y = x W^T with int8 weights upcast inside the product; no bf16 copy of the weight is written.
 
 T tokens, N rows of the weight (outputs), K columns (inputs), P parts that K is split into.
-The tile computed is y^T = W x^T: the weight is then wgmma's first operand, which may come from registers,
-so the upcast values never go back to shared memory.
+The tile computed is y^T = W x^T: the weight is then wgmma's first operand, which may come from
+registers, so the upcast values never go back to shared memory.
 """
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
 
 from dataclasses import dataclass
 
@@ -44,7 +46,10 @@ def int8_linear(
     x_TK: Tensor, weight_NK: Tensor, scale_N1: Tensor, *, silu: bool = False,
     config: LinearConfig | None = None,
 ) -> Tensor:  # fmt: skip
-    """x_TK bf16, weight_NK int8, scale_N1 bf16 -> y_TN bf16; `silu` applies it to y. K must be a multiple of 32."""
+    """x_TK bf16, weight_NK int8, scale_N1 bf16 -> y_TN bf16; `silu` applies it to y.
+
+    K must be a multiple of 32. Raises ValueError where T * K needs more than 32 bits.
+    """
     tokens, width = x_TK.shape
     outputs = weight_NK.shape[0]
     y_TN = torch.empty(tokens, outputs, device=x_TK.device, dtype=x_TK.dtype)
@@ -69,7 +74,8 @@ def int8_linear(
     _product[(tiles, splits)](
         x_TK, pairs_NK, scale_N1, out, tokens, outputs,
         K=width, PART=width // splits, ROWS=config.rows, TOKENS=config.tokens, COLUMNS=columns,
-        GROUPED=GROUPED_TILES, PARTIAL=splits > 1, SILU=silu, num_warps=config.warps, num_stages=config.stages,
+        GROUPED=GROUPED_TILES, PARTIAL=splits > 1, SILU=silu,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:
         _sum_parts[(tokens, triton.cdiv(outputs, 1024))](
@@ -84,7 +90,7 @@ def _product(
     ROWS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, GROUPED: tl.constexpr,
     PARTIAL: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    # K is a constant because ptxas waits for every single wgmma where the trip count of the loop is unknown.
+    # K is a constant: ptxas waits for every single wgmma where the trip count of a loop is unknown.
     program = tl.program_id(0)
     split = tl.program_id(1)
     row_tiles = tl.cdiv(N, ROWS)

@@ -1,5 +1,7 @@
 """RMS norms over rows, fused with what VL-01 does around them. T tokens, D width; sums in fp32."""
 
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def residual_norm(
     x_TD: Tensor, y_TD: Tensor, alpha: float, beta: float, weight_D: Tensor, eps: float
 ) -> Tensor:
-    """norm(alpha * x + beta * y), one layer's residual and the next norm: VL-01 keeps only the normed sum."""
+    """norm(alpha * x + beta * y): a residual and the next norm. VL-01 keeps only the normed sum."""
     return _launch(x_TD, y_TD, weight_D, eps, alpha, beta, RESIDUAL=True)
 
 

@@ -1,8 +1,11 @@
 """Grouped-query attention over paged K/V for a batch of prompt chunks and single tokens.
 
-T new tokens, S sequences, H query heads, G key heads, D head width, B blocks of a table, P tokens of a block.
-New keys and values are written into the pool first; both attention kernels then read only the pool.
+T new tokens, S sequences, H query heads, G key heads, D head width, B blocks of a table, P tokens
+of a block. New keys and values are written into the pool first; both attention kernels then read
+only the pool.
 """
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
 
 import torch
 import triton
@@ -20,8 +23,9 @@ def paged_attention(
 ) -> Tensor:
     """Write k and v into the pool, attend causally with scale 1 / sqrt(D) -> o_THD bf16.
 
-    The last dimension of q, k, v must be contiguous; the pools contiguous. The number of programs depends only on
-    batch.lengths and the shape of the block table, so a captured launch stays right as contexts grow.
+    The last dimension of q, k, v must be contiguous, and the pools whole. The number of programs
+    depends only on batch.lengths and the shape of the block table, so a captured launch stays right
+    as contexts grow.
     """
     tokens, heads, width = q_THD.shape
     groups = k_TGD.shape[1]
@@ -112,10 +116,10 @@ def _write(
 
 @triton.jit
 def _attend(
-    q_TD, total, most, norm, keys, values, table_row, first, last, end, position, groups, group, scale,
-    MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    q_TD, total, most, norm, keys, values, table_row, first, last, end, position, groups, group,
+    scale, MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over blocks first..last - 1 of one sequence; `position` is each query's own, keys stop at `end`."""
+    """Online softmax over blocks first..last - 1. `position`: of each query; keys stop at `end`."""
     d = tl.arange(0, WIDTH)
     p = tl.arange(0, BLOCK)
     inside = (p[:, None] * groups + group) * WIDTH + d[None, :]
@@ -146,7 +150,7 @@ def _chunks(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    # Backwards: the last tiles of a prompt attend to the most, and long programs are best started first.
+    # Backwards: the last tiles of a prompt attend to the most, and long programs start first.
     sequence, tile = _find_tile(
         tl.num_programs(1) - 1 - tl.program_id(1), offsets, count, SEQUENCES, TILE, 2
     )
@@ -168,12 +172,12 @@ def _chunks(
     table_row = blocks + sequence * table
     position = context + within
     total, most, norm = _attend(
-        q_TD, total, most, norm, keys, values, table_row, 0, whole, end, position, groups, group, scale,
-        False, WIDTH, BLOCK,
+        q_TD, total, most, norm, keys, values, table_row, 0, whole, end, position, groups, group,
+        scale, False, WIDTH, BLOCK,
     )  # fmt: skip
     total, most, norm = _attend(
-        q_TD, total, most, norm, keys, values, table_row, whole, last, end, position, groups, group, scale,
-        True, WIDTH, BLOCK,
+        q_TD, total, most, norm, keys, values, table_row, whole, last, end, position, groups,
+        group, scale, True, WIDTH, BLOCK,
     )  # fmt: skip
     out = total / norm[:, None]
     tl.store(o + (token * HEADS + head) * WIDTH + d[None, :], out.to(o.dtype.element_ty), mask=live)
@@ -202,8 +206,9 @@ def _single_tokens(
     first = split * split_blocks
     last = tl.minimum(first + split_blocks, context // BLOCK + 1)
     total, most, norm = _attend(
-        q_SD, tl.zeros((SHARED_TILE, WIDTH), tl.float32), tl.full((SHARED_TILE,), -1e30, tl.float32),
-        tl.zeros((SHARED_TILE,), tl.float32), keys, values, blocks + sequence * table, first, last,
+        q_SD, tl.zeros((SHARED_TILE, WIDTH), tl.float32),
+        tl.full((SHARED_TILE,), -1e30, tl.float32), tl.zeros((SHARED_TILE,), tl.float32),
+        keys, values, blocks + sequence * table, first, last,
         context + 1, position, groups, group, scale, True, WIDTH, BLOCK,
     )  # fmt: skip
     heads = groups * SHARED

@@ -1,8 +1,11 @@
-"""The int8 product of linear.py and experts.py for prompts, in Gluon: tiles of 128 weights by 256 tokens.
+"""The int8 products of linear.py and experts.py for prompts, in Gluon: 128 weights by 256 tokens.
 
-Same tile (y^T = W x^T), but the next step's weights are upcast while wgmma works on this one's, which
-Triton does not let one write: 500 TFLOP/s there, 590 here. T tokens, N rows of the weight, K columns.
+The same tile (y^T = W x^T), but the next step's weights are upcast while wgmma works on this one's,
+which Triton does not let one write: 500 TFLOP/s there, 590 here. T tokens, N rows of the weight,
+K columns.
 """
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
 
 import triton
 from torch import Tensor
@@ -19,7 +22,7 @@ ROWS = gl.constexpr(128)  # of the weight in a tile
 COLUMNS = gl.constexpr(64)  # of the weight a step
 WARPS = gl.constexpr(8)
 GROUPED_TILES = 4  # token tiles that share a weight tile while it is in the L2 cache
-# How a tile in shared memory is copied there and, for weights as int16 pairs, read as wgmma's first operand.
+# How tiles are copied to shared memory, and weights read from it to be wgmma's first operand.
 WEIGHT_COPY = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [8, 1], [1, 0]))
 X_COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
 PAIRS = gl.constexpr(
@@ -221,7 +224,7 @@ def _gate_up(
 
 @gluon.jit
 def _both(block, row, N):
-    """Rows of w1 and w3 of a tile, eight and the same eight, so that a thread holds both of a pair."""
+    """Rows of w1 and w3 in a tile: eight, then the same eight, so that a thread holds both."""
     n = gl.minimum(block * (ROWS // 2) + row // 16 * 8 + row % 8, N - 1)
     return n + (row // 8 % 2) * N
 
