@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from model.config import TextConfig
-from model.layers.activation import sigmoid, silu
+from model.layers.dispatch import attention_kernels
 from model.layers.linear import Linear
 from model.layers.memory import LayerMemory
-from model.layers.norm import RMSNorm
+from model.layers.norm import RMSNorm, gated_norm
 from model.layers.ragged import BLOCK_TOKENS, Piece, RaggedBatch
 
 _NORM_EPS = 1e-6  # of the norm inside the layer; the released code does not read it from the config
@@ -43,6 +43,8 @@ def lightning_attention(
     held before. Pieces of one token (all of decode) take the recurrence as it is written above,
     longer ones the block form, which is the same sum in another order.
     """
+    if kernels := attention_kernels(q_THD):
+        return kernels.lightning_attention(q_THD, k_THD, v_THD, slopes_H, state_SHKV, batch)
     state_SHKV[batch.slots_S[batch.contexts_S == 0]] = 0
     decays = _Decays(slopes_H)
     o_THD = torch.empty_like(q_THD)
@@ -129,10 +131,10 @@ class LightningAttention(nn.Module):
         self.slopes_H = lightning_slopes(layer, text).to(device)
 
     def forward(self, x_TD: Tensor, batch: RaggedBatch, memory: LayerMemory) -> Tensor:
-        qkv = silu(self.qkv_proj(x_TD)).view(-1, self.heads, 3 * self.head_dim)
+        qkv = self.qkv_proj(x_TD, silu=True).view(-1, self.heads, 3 * self.head_dim)
         q_THD, k_THD, v_THD = qkv.split(self.head_dim, dim=-1)
         o_THD = lightning_attention(
             q_THD, k_THD, v_THD, self.slopes_H, memory.states[self.layer], batch
         )
-        gate = sigmoid(self.output_gate(x_TD))
-        return self.out_proj(gate * self.norm(o_THD.flatten(1)))
+        gate_TD = self.output_gate(x_TD)
+        return self.out_proj(gated_norm(o_THD.flatten(1), gate_TD, self.norm.weight, self.norm.eps))

@@ -7,16 +7,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.layers.activation import silu as apply_silu
+from model.layers.dispatch import product_kernels
+
 # On a CPU the rows of an fp32 product come out the same, bit for bit, however many rows are
 # computed together, so long as their number is a multiple of this (1 to 15 rows may take other
 # paths, which depend on the number of threads too).
 _CPU_ROWS = 16
 
 
-def linear(x_TK: Tensor, weight_NK: Tensor, scale_N1: Tensor | None = None) -> Tensor:
-    """x @ weight^T, [T, N] in the dtype of x. An int8 weight comes with the scale of each row."""
+def linear(
+    x_TK: Tensor, weight_NK: Tensor, scale_N1: Tensor | None = None, *, silu: bool = False
+) -> Tensor:
+    """x @ weight^T, [T, N] in the dtype of x, through silu if asked.
+
+    An int8 weight comes with the scale of each row.
+    """
     if scale_N1 is not None:
+        if kernels := product_kernels(x_TK, weight_NK.shape[1]):
+            return kernels.int8_linear(x_TK, weight_NK, scale_N1, silu=silu)
         weight_NK = dequantize(weight_NK, scale_N1, x_TK.dtype)
+    y_TN = _product(x_TK, weight_NK)
+    return apply_silu(y_TN) if silu else y_TN
+
+
+def _product(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     missing_rows = -len(x_TK) % _CPU_ROWS
     if x_TK.is_cuda or not missing_rows:
         return functional.linear(x_TK, weight_NK)
@@ -54,6 +69,7 @@ class Linear(nn.Module):
         )
         self.bias = empty_weight(outputs, dtype=dtype, device=device) if bias else None
 
-    def forward(self, x_TK: Tensor) -> Tensor:
-        y_TN = linear(x_TK, self.weight, self.weight_scale)
+    def forward(self, x_TK: Tensor, *, silu: bool = False) -> Tensor:
+        """`silu` is for projections without a bias."""
+        y_TN = linear(x_TK, self.weight, self.weight_scale, silu=silu)
         return y_TN if self.bias is None else y_TN + self.bias

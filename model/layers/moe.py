@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from model.config import TextConfig
 from model.layers.activation import silu
+from model.layers.dispatch import product_kernels
 from model.layers.linear import Linear, empty_weight, linear
 
 
@@ -31,6 +32,10 @@ def experts(
     w13_EFD holds the rows of w1 (gate), then those of w3 (up): [E, 2F, D]. The scales are None
     when the weights are not quantized.
     """
+    if kernels := product_kernels(x_TD, w13_EFD.shape[2], w2_EDF.shape[2]):
+        return kernels.experts(
+            x_TD, experts_TK, weights_TK, w13_EFD, w13_scale_EF1, w2_EDF, w2_scale_ED1
+        )
     y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     order = experts_TK.flatten().argsort(stable=True)
     counts = experts_TK.flatten().bincount(minlength=len(w13_EFD)).tolist()

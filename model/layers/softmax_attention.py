@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import TextConfig
+from model.layers.dispatch import attention_kernels
 from model.layers.linear import Linear
 from model.layers.memory import LayerMemory
 from model.layers.ragged import BLOCK_TOKENS, Piece, RaggedBatch
@@ -26,6 +27,8 @@ def paged_attention(
 
     The scale is 1 / sqrt(D); products and softmax are computed in fp32.
     """
+    if kernels := attention_kernels(q_THD):
+        return kernels.paged_attention(q_THD, k_TGD, v_TGD, keys_BPGD, values_BPGD, batch)
     _write(k_TGD, keys_BPGD, batch)
     _write(v_TGD, values_BPGD, batch)
     o_THD = torch.empty_like(q_THD)

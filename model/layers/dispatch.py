@@ -1,0 +1,49 @@
+"""Which code computes a layer: the Triton kernels where they fit, plain PyTorch elsewhere.
+
+Triton is imported on first use, so that machines without a GPU need not have it.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+# VL01_PLAIN=1 computes everything by the plain code, also in the processes of ranks.
+_plain = os.environ.get("VL01_PLAIN") == "1"
+
+# What a tile of the matrix kernels divides, and the head sizes the attention kernels are tested on.
+_WIDTH_MULTIPLE = 32
+_HEAD_SIZES = (32, 64, 128)
+
+
+def kernels(x: Tensor) -> ModuleType | None:
+    """The kernels, if the activations `x` are what they take (bf16 on a CUDA device)."""
+    if _plain or not x.is_cuda or x.dtype != torch.bfloat16:
+        return None
+    from model.layers import kernels
+
+    return kernels
+
+
+def product_kernels(x: Tensor, *widths: int) -> ModuleType | None:
+    """`kernels` for products that sum over so many columns."""
+    return None if any(width % _WIDTH_MULTIPLE for width in widths) else kernels(x)
+
+
+def attention_kernels(q_THD: Tensor) -> ModuleType | None:
+    """`kernels` for attention with heads of this size."""
+    return kernels(q_THD) if q_THD.shape[-1] in _HEAD_SIZES else None
+
+
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """Compute everything inside by the plain code, for comparisons."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
