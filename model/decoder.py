@@ -7,6 +7,7 @@ Knows its own layers and nothing of the other ranks.
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,7 +18,7 @@ from model.layers.lightning_attention import LightningAttention
 from model.layers.linear import Linear, empty_weight
 from model.layers.memory import LayerMemory
 from model.layers.moe import MixtureOfExperts
-from model.layers.norm import RMSNorm
+from model.layers.norm import RMSNorm, residual_norm
 from model.layers.ragged import RaggedBatch
 from model.layers.softmax_attention import SoftmaxAttention
 from model.vision.packing import pack
@@ -56,6 +57,9 @@ class Decoder(nn.Module):
             self.vision_tower = VisionTower(config.vision, **where)
             self.projector = Projector(config.vision.hidden_size, text.hidden_size, **where)
             self.image_newline = empty_weight(text.hidden_size, **where)
+            self._pixel_statistics = [
+                torch.tensor(x, device=device) for x in (config.image_mean, config.image_std)
+            ]
         quantized = quantization == "int8"
         self.layers = nn.ModuleDict(
             {str(i): DecoderLayer(config, i, quantized=quantized, **where) for i in span}
@@ -76,11 +80,8 @@ class Decoder(nn.Module):
             *image_size, self.config.pinpoints, vision.image_size, vision.patch_size
         )
         weight = self.image_newline
-        mean, std = (
-            torch.tensor(values, device=weight.device)
-            for values in (self.config.image_mean, self.config.image_std)
-        )
-        pixels = (tiles_NSSC.to(weight.device) / 255 - mean) / std
+        mean, std = self._pixel_statistics
+        pixels = (tiles_NSSC.to(weight.device, non_blocking=True) / 255 - mean) / std
         features = self.vision_tower(pixels.to(weight.dtype))
         projected = self.projector(features.flatten(0, 1)).view(*features.shape[:2], -1)
         return pack(projected, weight, layout)
@@ -89,21 +90,12 @@ class Decoder(nn.Module):
     def embed(self, ids_T: Tensor, image_features: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
         """Embeddings of tokens, [T, D]; image tokens take the features given for their place.
 
-        image_features: (row in T, features [P, D]) for every run of image tokens in `ids_T`.
-        Raises ValueError when the image tokens and the features do not match one to one.
+        image_features: (row in T, features [P, D]) for every run of image tokens in `ids_T`;
+        see `check_image_tokens`, which wants the ids on the host, where they come from.
         """
-        expected_T = torch.zeros_like(ids_T, dtype=torch.bool)
         hidden_TD = self.embed_tokens(ids_T)
         for start, features in image_features:
-            expected_T[start : start + len(features)] = True
             hidden_TD[start : start + len(features)] = features
-        if not torch.equal(expected_T, ids_T == self.config.image_token_id):
-            placeholders = int((ids_T == self.config.image_token_id).sum())
-            given = sum(len(features) for _, features in image_features)
-            raise ValueError(
-                f"{placeholders} image tokens, {given} image features; expected a feature "
-                "for every image token, in its place"
-            )
         return hidden_TD
 
     @torch.inference_mode()
@@ -120,6 +112,22 @@ class Decoder(nn.Module):
         # Written by the model it would have no features to stand for, and embed() would refuse it.
         logits_NV[:, self.config.image_token_id] = float("-inf")
         return logits_NV
+
+
+def check_image_tokens(
+    ids_T: np.ndarray, image_features: Sequence[tuple[int, Tensor]], image_token_id: int
+) -> None:
+    """Raises ValueError when the image tokens and the features do not match one to one."""
+    expected_T = np.zeros(len(ids_T), dtype=bool)
+    for start, features in image_features:
+        expected_T[start : start + len(features)] = True
+    placeholders_T = ids_T == image_token_id
+    if not np.array_equal(expected_T, placeholders_T):
+        given = sum(len(features) for _, features in image_features)
+        raise ValueError(
+            f"{placeholders_T.sum()} image tokens, {given} image features; expected a feature "
+            "for every image token, in its place"
+        )
 
 
 class DecoderLayer(nn.Module):
@@ -148,8 +156,9 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, batch: RaggedBatch, memory: LayerMemory) -> Tensor:
         x_TD = self.input_layernorm(x_TD)
-        x_TD = _add(self.attention_residual, x_TD, self.attention(x_TD, batch, memory))
-        x_TD = self.post_attention_layernorm(x_TD)
+        norm = self.post_attention_layernorm
+        attended_TD = self.attention(x_TD, batch, memory)
+        x_TD = residual_norm(x_TD, attended_TD, self.attention_residual, norm.weight, norm.eps)
         return _add(self.moe_residual, x_TD, self.moe(x_TD))
 
 
@@ -165,4 +174,6 @@ class Embedding(nn.Module):
 
 
 def _add(residual: Residual, x: Tensor, update: Tensor) -> Tensor:
+    if x.is_cuda and residual.beta == 1:
+        return torch.add(update, x, alpha=residual.alpha)  # one pass over memory instead of three
     return residual.alpha * x + residual.beta * update

@@ -27,6 +27,9 @@ class EngineConfig:
         after loading, less what a microbatch needs; on cpu 1 GiB.
     tokens_per_sequence: the mean length, answer included, for which that memory is split between
         slots and blocks. Longer sequences work too: they wait or are preempted sooner.
+    ahead: plan a microbatch while the one before it is computed, on one rank. None: on cuda, where
+        the device would wait for the host; a CPU would only compute tokens in vain.
+    random_weights: for measuring only: nothing is read from `checkpoint` but its JSON files.
     threads: CPU threads of each rank. None: the cores divided by `ranks`; with one rank, which
         runs inside the calling process, whatever is set there.
 
@@ -42,6 +45,8 @@ class EngineConfig:
     max_sequences: int | None = None
     cache_bytes: int | None = None
     tokens_per_sequence: int = 4096
+    ahead: bool | None = None
+    random_weights: bool = False
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +73,10 @@ class EngineConfig:
     @property
     def on_cuda(self) -> bool:
         return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+
+    @property
+    def plans_ahead(self) -> bool:
+        return self.ranks == 1 and (self.on_cuda if self.ahead is None else self.ahead)
 
     def rank_device(self, rank: int) -> torch.device:
         return torch.device("cuda", rank) if self.on_cuda else torch.device("cpu")

@@ -15,7 +15,7 @@ from model.config import VL01Config, load_config
 from model.engine.answer import Answer
 from model.engine.config import EngineConfig
 from model.engine.memory import Memory
-from model.engine.microbatch import Image, Microbatch, Sampled
+from model.engine.microbatch import ON_DEVICE, Image, Microbatch, Sampled
 from model.engine.plan import Plan, Segment
 from model.engine.rank_in_process import RankInProcess
 from model.engine.rank_processes import RankProcesses
@@ -48,12 +48,15 @@ class _Live:
     def token_ids(self, segment: Segment) -> np.ndarray:
         if segment.context < len(self.request.token_ids):
             return self.request.token_ids[segment.context : segment.context + segment.length]
-        return np.array(self.answer.token_ids[-1:], dtype=np.int32)
+        answered = segment.context - len(self.request.token_ids)
+        known = self.answer.token_ids[answered : answered + 1]
+        return np.array(known or [ON_DEVICE], dtype=np.int32)
 
-    def draw(self) -> Draw:
+    def draw(self, segment: Segment) -> Draw:
         sampling = self.request.sampling
-        position = len(self.request.token_ids) + len(self.answer.token_ids)
-        return Draw(sampling.temperature, sampling.top_p, uniform(sampling.seed, position))
+        position = segment.context + segment.length
+        number = uniform(sampling.seed, position) if sampling.temperature else 0.0
+        return Draw(sampling.temperature, sampling.top_p, number)
 
 
 class Engine:
@@ -75,6 +78,7 @@ class Engine:
             chunk_tokens=config.chunk_tokens,
             microbatches=config.ranks,
             max_tokens=self._model.text.max_position_embeddings,
+            ahead=config.plans_ahead,
         )
         self._live: dict[int, _Live] = {}
         self._in_flight: deque[Plan] = deque()
@@ -158,24 +162,27 @@ class Engine:
 
     def _microbatch(self, plan: Plan) -> Microbatch:
         ids = [self._live[segment.sequence].token_ids(segment) for segment in plan.segments]
-        draws = [self._live[segment.sequence].draw() for segment in plan.sampling_segments]
+        draws = [self._live[segment.sequence].draw(segment) for segment in plan.sampling_segments]
         return Microbatch(plan, np.concatenate(ids, dtype=np.int32), tuple(draws))
 
     def _record(self, plan: Plan, sampled: Sampled) -> list[Result]:
         assert sampled.number == plan.number
         self._scheduler.record(plan)
-        results = []
+        results, written = [], 0
         for segment, token, logprob in zip(
             plan.sampling_segments, sampled.token_ids, sampled.logprobs, strict=True
         ):
-            if self._live[segment.sequence].answer.append(token, logprob):
+            live = self._live.get(segment.sequence)
+            if live is None:  # it ended while this token was computed
+                continue
+            written += 1
+            if live.answer.append(token, logprob):
                 self._scheduler.finish(segment.sequence)
                 results.append(_result(self._live.pop(segment.sequence)))
-        self._count(plan)
+        self._count(plan, written)
         return results
 
-    def _count(self, plan: Plan) -> None:
-        written = len(plan.sampling_segments)
+    def _count(self, plan: Plan, written: int) -> None:
         decoded = sum(segment.is_decode for segment in plan.segments)
         self._statistics = replace(
             self._statistics,

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from model.engine.plan import Plan
 from model.engine.sampling import Draw
-from model.layers.ragged import RaggedBatch
+from model.layers.ragged import RaggedBatch, to_device
+
+# A token that was sampled in the microbatch before and which only the device knows yet.
+ON_DEVICE = -1
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Image:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """A plan with its contents. token_ids: int32 [T], the segments laid end to end.
+    """A plan with its contents. token_ids: int32 [T], the segments laid end to end, with ON_DEVICE
+    for the last token sampled for a sequence's slot where the host has not seen it yet.
 
     draws: how to choose a token, for each sampling segment in order.
     """
@@ -45,6 +49,26 @@ class Sampled:
     logprobs: tuple[float, ...]
 
 
+class SampledOnDevice:
+    """What `choose` chose for a microbatch, on its way to the host."""
+
+    def __init__(self, number: int, tokens_N: Tensor, logprobs_N: Tensor) -> None:
+        self._number = number
+        # A copy that is not waited for goes to pinned memory.
+        self._tokens_N, self._logprobs_N = (
+            column.to("cpu", non_blocking=True) for column in (tokens_N, logprobs_N)
+        )
+        self._copied = torch.cuda.Event() if tokens_N.is_cuda else None
+        if self._copied:
+            self._copied.record()
+
+    def wait(self) -> Sampled:
+        if self._copied:
+            self._copied.synchronize()
+        tokens, logprobs = self._tokens_N.tolist(), self._logprobs_N.tolist()
+        return Sampled(self._number, tuple(tokens), tuple(logprobs))
+
+
 def ragged_batch(plan: Plan, device: torch.device) -> RaggedBatch:
     segments = plan.segments
     return RaggedBatch.build(
@@ -56,11 +80,13 @@ def ragged_batch(plan: Plan, device: torch.device) -> RaggedBatch:
     )
 
 
-def last_rows(plan: Plan, device: torch.device) -> Tensor:
-    """int64 [N]: the row of the last token of each sampling segment."""
+def last_rows(plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """int64 [N] each: the row of the last token of each sampling segment, and its slot."""
     ends = np.cumsum([segment.length for segment in plan.segments])
     rows = [end - 1 for end, segment in zip(ends, plan.segments, strict=True) if segment.samples]
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    slots = [segment.slot for segment in plan.sampling_segments]
+    rows_N, slots_N = to_device([rows, slots], device)
+    return rows_N.long(), slots_N.long()
 
 
 def rows_of(plan: Plan) -> Sequence[range]:

@@ -12,15 +12,24 @@ import torch
 from torch import Tensor
 
 from model.config import load_config
-from model.decoder import Decoder
+from model.decoder import Decoder, check_image_tokens
 from model.engine.config import EngineConfig
 from model.engine.memory import Capacity, Room
-from model.engine.microbatch import Image, Microbatch, Sampled, last_rows, ragged_batch, rows_of
+from model.engine.microbatch import (
+    ON_DEVICE,
+    Image,
+    Microbatch,
+    SampledOnDevice,
+    last_rows,
+    ragged_batch,
+    rows_of,
+)
 from model.engine.plan import Plan
 from model.engine.ranks import layer_spans
 from model.engine.rehearsal import measure_room
 from model.engine.sampling import choose
 from model.layers.memory import LayerMemory, SavedSequence, block_bytes, slot_bytes
+from model.layers.ragged import to_device
 from model.weights.checkpoint import load_decoder
 
 logger = logging.getLogger(__name__)
@@ -61,10 +70,13 @@ class Rank:
             dtype=self.dtype,
             device=self.device,
         )
+        self._last_tokens_S = torch.zeros(capacity.slots, dtype=torch.int64, device=self.device)
 
     def take_image(self, image: Image) -> None:
         """First rank: compute an image's features and keep them until its prompt has used them."""
-        tiles_NHWC = torch.from_numpy(image.tiles).to(self.device)
+        tiles_NHWC = torch.from_numpy(image.tiles)
+        if self.device.type == "cuda":
+            tiles_NHWC = tiles_NHWC.pin_memory()  # or the host would wait for the device
         self._features[image.sequence] = self.decoder.image_features(tiles_NHWC, image.size)
 
     def swap(self, plan: Plan) -> None:
@@ -76,27 +88,49 @@ class Rank:
 
     def embed(self, microbatch: Microbatch) -> Tensor:
         """First rank: hidden_TD of the microbatch's tokens and image features."""
-        placed = []
-        for segment, rows in zip(microbatch.plan.segments, rows_of(microbatch.plan), strict=True):
-            ids = microbatch.token_ids[rows.start : rows.stop]
-            places = np.flatnonzero(ids == self.decoder.config.image_token_id)
-            if len(places):
-                features_PD = self._next_features(segment.sequence, len(places))
-                placed.append((rows.start + int(places[0]), features_PD))
-        ids_T = torch.from_numpy(microbatch.token_ids.astype(np.int64)).to(self.device)
-        return self.decoder.embed(ids_T, placed)
+        placed = self._place_features(microbatch)
+        check_image_tokens(microbatch.token_ids, placed, self.decoder.config.image_token_id)
+        return self.decoder.embed(self._token_ids(microbatch), placed)
 
     def forward(self, hidden_TD: Tensor, plan: Plan) -> Tensor:
         """This rank's layers, which write to its memory."""
         return self.decoder(hidden_TD, ragged_batch(plan, self.device), self._memory)
 
-    def sample(self, hidden_TD: Tensor, microbatch: Microbatch) -> Sampled:
+    def sample(self, hidden_TD: Tensor, microbatch: Microbatch) -> SampledOnDevice:
         """Last rank: choose the next tokens."""
         plan = microbatch.plan
         if not microbatch.draws:
-            return Sampled(plan.number, (), ())
-        logits_NV = self.decoder.logits(hidden_TD[last_rows(plan, self.device)])
-        return Sampled(plan.number, *choose(logits_NV, microbatch.draws))
+            nothing = torch.empty(0)
+            return SampledOnDevice(plan.number, nothing, nothing)
+        rows_N, slots_N = last_rows(plan, self.device)
+        tokens_N, logprobs_N = choose(self.decoder.logits(hidden_TD[rows_N]), microbatch.draws)
+        self._last_tokens_S[slots_N] = tokens_N
+        return SampledOnDevice(plan.number, tokens_N, logprobs_N)
+
+    def _place_features(self, microbatch: Microbatch) -> list[tuple[int, Tensor]]:
+        """The image features that this microbatch uses, each with the row where it begins."""
+        is_image_T = microbatch.token_ids == self.decoder.config.image_token_id
+        if not is_image_T.any():
+            return []
+        placed = []
+        for segment, rows in zip(microbatch.plan.segments, rows_of(microbatch.plan), strict=True):
+            places = np.flatnonzero(is_image_T[rows.start : rows.stop])
+            if len(places):
+                features_PD = self._next_features(segment.sequence, len(places))
+                placed.append((rows.start + int(places[0]), features_PD))
+        return placed
+
+    def _token_ids(self, microbatch: Microbatch) -> Tensor:
+        """int64 [T] on the device, with the tokens that only the device knows."""
+        rows = np.flatnonzero(microbatch.token_ids == ON_DEVICE)
+        # They are single tokens of decoding segments, which come first: row i is segment i.
+        slots = [microbatch.plan.segments[row].slot for row in rows]
+        ids_T, rows_N, slots_N = (
+            column.long() for column in to_device([microbatch.token_ids, rows, slots], self.device)
+        )
+        if len(rows):
+            ids_T[rows_N] = self._last_tokens_S[slots_N]
+        return ids_T
 
     def _next_features(self, sequence: int, count: int) -> Tensor:
         features_PD = self._features.pop(sequence)

@@ -2,19 +2,20 @@
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from model.engine.config import EngineConfig
 from model.engine.memory import share_out
-from model.engine.microbatch import Image, Microbatch, Sampled
+from model.engine.microbatch import Image, Microbatch, Sampled, SampledOnDevice
 from model.engine.rank import Rank
 from schemas.errors import EngineError
 
 
 class RankInProcess:
-    """Has the methods of RankProcesses; `submit` computes at once."""
+    """Has the methods of RankProcesses; `submit` computes at once, or on cuda, hands to the GPU."""
 
     def __init__(self, config: EngineConfig) -> None:
         if config.threads is not None:
@@ -23,7 +24,7 @@ class RankInProcess:
         self.capacity = share_out([rank.room()], config.most_sequences, config.tokens_per_sequence)
         rank.allocate(self.capacity)
         self._rank: Rank | None = rank
-        self._sampled: deque[Sampled] = deque()
+        self._sampled: deque[SampledOnDevice] = deque()
 
     @property
     def pids(self) -> list[int]:
@@ -34,18 +35,25 @@ class RankInProcess:
         rank = self._rank
         if rank is None:
             raise EngineError("the engine is closed")
-        try:
+        with _failure_explained():
             for image in images:
                 rank.take_image(image)
             rank.swap(microbatch.plan)
             hidden_TD = rank.forward(rank.embed(microbatch), microbatch.plan)
             self._sampled.append(rank.sample(hidden_TD, microbatch))
-        except Exception as error:
-            raise EngineError(f"rank 0 of 1 failed: {type(error).__name__}: {error}") from error
 
     def receive(self) -> Sampled:
-        return self._sampled.popleft()
+        with _failure_explained():  # what fails on a GPU is first heard of here
+            return self._sampled.popleft().wait()
 
     def close(self) -> None:
         """Give the weights and the memory back."""
         self._rank = None
+
+
+@contextmanager
+def _failure_explained() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise EngineError(f"rank 0 of 1 failed: {type(error).__name__}: {error}") from error

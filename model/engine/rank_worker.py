@@ -89,7 +89,7 @@ def _compute(rank: Rank, microbatch: Microbatch, transport: Transport, channel: 
         hidden_TD = transport.receive(plan.tokens, decoder.config.text.hidden_size, rank.dtype)
     hidden_TD = rank.forward(hidden_TD, plan)
     if decoder.is_last:
-        channel.send(rank.sample(hidden_TD, microbatch))
+        channel.send(rank.sample(hidden_TD, microbatch).wait())
     else:
         transport.send(hidden_TD)
 

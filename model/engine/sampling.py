@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.layers.ragged import to_device
+
 _MASK = (1 << 64) - 1
 
 
@@ -37,8 +39,9 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def choose(logits_NV: Tensor, draws: Sequence[Draw]) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """A token for each row of fp32 logits, and its log-probability at temperature 1.
+def choose(logits_NV: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+    """A token for each row of fp32 logits, int64 [N], and its log-probability at temperature 1,
+    fp32 [N]; on the device of the logits, and the host waits for nothing.
 
     Every row is computed by itself: the other rows change no bit of it.
     """
@@ -46,17 +49,19 @@ def choose(logits_NV: Tensor, draws: Sequence[Draw]) -> tuple[tuple[int, ...], t
     tokens_N = logits_NV.argmax(dim=-1)
     drawn = [row for row, draw in enumerate(draws) if draw.temperature > 0]
     if drawn:
-        tokens_N[drawn] = _draw(logits_NV[drawn], [draws[row] for row in drawn])
-    logprobs_N = logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
-    return tuple(tokens_N.tolist()), tuple(logprobs_N.tolist())
+        rows = to_device([drawn], logits_NV.device)[0].long()
+        tokens_N[rows] = _draw(logits_NV[rows], [draws[row] for row in drawn])
+    return tokens_N, logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
 
 
 def _draw(logits_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Inverse of the distribution function, over the likeliest tokens that make up top_p."""
-    temperature_N1, top_p_N1, uniform_N1 = (
-        torch.tensor(column, dtype=torch.float32, device=logits_NV.device)[:, None]
-        for column in zip(*((d.temperature, d.top_p, d.uniform) for d in draws), strict=True)
-    )
+    settings = torch.tensor(
+        [(d.temperature, d.top_p, d.uniform) for d in draws],
+        dtype=torch.float32,
+        pin_memory=logits_NV.is_cuda,
+    ).to(logits_NV.device, non_blocking=True)
+    temperature_N1, top_p_N1, uniform_N1 = settings.split(1, dim=1)
     probs_NV = torch.softmax(logits_NV / temperature_N1, dim=-1)
     probs_NV, order_NV = probs_NV.sort(dim=-1, descending=True, stable=True)
     cumulative_NV = probs_NV.cumsum(dim=-1)

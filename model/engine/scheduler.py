@@ -2,8 +2,11 @@
 
 The rules it keeps:
 - Decode goes first, then the chunks of prompts in order of arrival, within `chunk_tokens`.
-- A decoding sequence is in one microbatch in flight at most, for it needs its sampled token.
-  A prompt may have chunks in several: the ranks execute microbatches strictly in order.
+- The ranks execute microbatches strictly in order, so a prompt may have chunks in several that
+  are in flight, and memory may be given to another while its last user is in flight.
+- A decoding sequence is in one microbatch in flight at most, for it needs its sampled token;
+  with `ahead` in two, for the device has that token. Should it turn out to be the last of its
+  text, the other microbatch has computed one in vain.
 - Decode is split evenly over the microbatches, so that no rank waits for a large one.
 - When a decode token finds no free block, the youngest sequence that is not in flight goes to
   the host, and comes back, oldest first, before any new one is admitted.
@@ -32,17 +35,24 @@ class Scheduler:
     """Owns every unfinished sequence: waiting, running (with memory) or preempted (on the host).
 
     memory: the slots and blocks to give out. chunk_tokens: most tokens of a microbatch, at least
-    two blocks. microbatches: how many may be in flight. max_tokens: the longest sequence the
-    model takes.
+    two blocks. microbatches: how many the ranks work on at once. max_tokens: the longest sequence
+    the model takes. ahead: plan one more microbatch than the ranks work on.
     """
 
     def __init__(
-        self, memory: Memory, *, chunk_tokens: int, microbatches: int, max_tokens: int
+        self,
+        memory: Memory,
+        *,
+        chunk_tokens: int,
+        microbatches: int,
+        max_tokens: int,
+        ahead: bool = False,
     ) -> None:
         self._memory = memory
         self._chunk_tokens = chunk_tokens
         self._microbatches = microbatches
         self._max_tokens = max_tokens
+        self._ahead = ahead
         self._waiting: dict[int, Sequence] = {}
         self._running: dict[int, Sequence] = {}
         self._preempted: dict[int, Sequence] = {}
@@ -77,12 +87,12 @@ class Scheduler:
             raise RowError(Reason.PROMPT_TOO_LONG, f"{sizes}; the engine's memory holds {fits}")
         key = self._next_key
         self._next_key += 1
-        self._waiting[key] = Sequence(key, prompt_tokens, prompt_tokens)
+        self._waiting[key] = Sequence(key, prompt_tokens, total, prompt_tokens)
         return key
 
     def schedule(self) -> Plan | None:
         """The next microbatch, or None when nothing can be done before one in flight is back."""
-        if self._in_flight == self._microbatches:
+        if self._in_flight == self._microbatches + self._ahead:
             return None
         draft = _Draft(self._chunk_tokens)
         self._resume(draft)
@@ -98,15 +108,14 @@ class Scheduler:
         )
 
     def record(self, plan: Plan) -> None:
-        """The microbatch is back: its sampling sequences have one more token."""
+        """The microbatch is back. Sequences that finished while it was in flight are gone."""
         self._in_flight -= 1
         for segment in plan.segments:
-            sequence = self._running[segment.sequence]
-            sequence.in_flight -= 1
-            sequence.tokens += segment.samples
+            if sequence := self._running.get(segment.sequence):
+                sequence.in_flight -= 1
 
     def finish(self, key: int) -> None:
-        """Forget a sequence and free its memory. It must not be in flight."""
+        """Forget a sequence, whose last token is recorded, and free its memory."""
         self._release(self._running.pop(key))
 
     # -- the steps of `schedule`
@@ -121,7 +130,11 @@ class Scheduler:
             draft.restores.append(_swap(sequence))
 
     def _decode(self, draft: _Draft) -> None:
-        ready = [sequence for sequence in self._running.values() if sequence.can_decode]
+        ready = [
+            sequence
+            for sequence in self._running.values()
+            if sequence.may_decode and (self._ahead or not sequence.in_flight)
+        ]
         ready.sort(key=lambda sequence: (sequence.last_microbatch, sequence.key))
         share = self._decode_share(len(ready))
         for sequence in ready:
@@ -150,7 +163,7 @@ class Scheduler:
 
     def _decode_share(self, ready: int) -> int:
         """How many decode tokens this microbatch takes."""
-        openings = self._microbatches - self._in_flight
+        openings = max(1, self._microbatches - self._in_flight)
         decoding = sum(sequence.prompt_left == 0 for sequence in self._running.values())
         return min(
             -(-ready // openings),
@@ -168,6 +181,7 @@ class Scheduler:
         """Add the sequence's tokens up to `end` to the microbatch."""
         assert sequence.slot is not None
         length = end - sequence.computed
+        samples = end >= sequence.prompt_tokens
         draft.segments.append(
             Segment(
                 sequence=sequence.key,
@@ -176,11 +190,12 @@ class Scheduler:
                 context=sequence.computed,
                 length=length,
                 is_decode=sequence.prompt_left == 0,
-                samples=end >= sequence.prompt_tokens,
+                samples=samples,
             )
         )
         draft.budget -= length
         sequence.computed = end
+        sequence.tokens += samples
         sequence.in_flight += 1
         sequence.last_microbatch = self._number
 
@@ -212,12 +227,10 @@ class Scheduler:
 
         Never itself: with nothing in flight the oldest always finds one, or is alone and fits.
         """
-        victim = max(
-            (other for other in self._running.values() if not other.in_flight),
-            key=lambda other: other.key,
-        )
-        if victim.key <= sequence.key:
+        idle = [key for key, other in self._running.items() if not other.in_flight]
+        if not idle or max(idle) <= sequence.key:
             return False
+        victim = self._running[max(idle)]
         draft.saves.append(_swap(victim))
         self._preempted[victim.key] = self._running.pop(victim.key)
         self._release(victim)
@@ -226,7 +239,6 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
-        assert not sequence.in_flight
         self._memory.give_back(sequence.slot, sequence.blocks)
         sequence.slot, sequence.blocks = None, []
 

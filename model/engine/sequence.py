@@ -12,7 +12,8 @@ def blocks_for(tokens: int) -> int:
 
 @dataclass
 class Sequence:
-    """key: order of arrival. prompt_tokens, tokens: known so far, without and with the answer.
+    """key: order of arrival. prompt_tokens, tokens: without and with the answer as far as it is
+    sampled or being sampled; most_tokens: with the longest answer asked for.
     computed: tokens handed to the ranks; in memory once the microbatches in flight are done.
     in_flight: microbatches on their way that carry it. last_microbatch: the newest of them ever.
     slot, blocks: what it holds in memory; None and empty while it waits or is preempted.
@@ -20,6 +21,7 @@ class Sequence:
 
     key: int
     prompt_tokens: int
+    most_tokens: int
     tokens: int
     computed: int = 0
     in_flight: int = 0
@@ -32,6 +34,6 @@ class Sequence:
         return max(0, self.prompt_tokens - self.computed)
 
     @property
-    def can_decode(self) -> bool:
-        """Its newest token is known and not computed: it is not in flight."""
-        return self.prompt_left == 0 and self.tokens > self.computed
+    def may_decode(self) -> bool:
+        """Its prompt is computed, or in flight, and it wants another token."""
+        return self.prompt_left == 0 and self.tokens < self.most_tokens

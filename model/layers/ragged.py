@@ -5,14 +5,32 @@ T new tokens, S sequences, B blocks. Owns no memory and takes no decisions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 # Tokens in a K/V block, and the grain of chunked attention: blocks start at multiples of it,
 # counted from the start of the sequence, so that cutting a prompt there changes no bit of it.
 BLOCK_TOKENS = 64
+
+# Numbers in 16 bytes. Tensors begin at multiples of it, or a Triton kernel would be compiled again
+# for every combination of arguments that do not.
+_ALIGNED = 4
+
+
+def to_device(columns: Sequence[npt.ArrayLike], device: torch.device | str) -> list[Tensor]:
+    """int32 tensors of whole numbers, flat, in one transfer that the host does not wait for."""
+    arrays = [np.asarray(column, dtype=np.int32).ravel() for column in columns]
+    starts = np.cumsum([0, *(-(-len(array) // _ALIGNED) * _ALIGNED for array in arrays)])
+    packed = torch.zeros(
+        int(starts[-1]), dtype=torch.int32, pin_memory=torch.device(device).type == "cuda"
+    )
+    for start, array in zip(starts, arrays, strict=False):
+        packed.numpy()[start : start + len(array)] = array
+    packed = packed.to(device, non_blocking=True)
+    return [packed[i : i + len(array)] for i, array in zip(starts, arrays, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -73,15 +91,20 @@ class RaggedBatch:
                 )
         widest = max(len(table) for table in block_tables)
         padded = [[*table, *[0] * (widest - len(table))] for table in block_tables]
-        positions = [torch.arange(c, c + n) for n, c in zip(lengths, contexts, strict=True)]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        starts_T = np.repeat(np.asarray(contexts) - offsets[:-1], lengths)
+        on_device = to_device(
+            [starts_T + np.arange(offsets[-1]), offsets, contexts, slots, padded], device
+        )
+        positions_T, offsets_S1, contexts_S, slots_S, blocks = on_device
         return cls(
             lengths=tuple(lengths),
             contexts=tuple(contexts),
-            positions_T=torch.cat(positions).to(device),
-            offsets_S1=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
-            contexts_S=torch.tensor(contexts, dtype=torch.int32, device=device),
-            slots_S=torch.tensor(slots, dtype=torch.int64, device=device),
-            blocks_SB=torch.tensor(padded, dtype=torch.int32, device=device),
+            positions_T=positions_T.long(),
+            offsets_S1=offsets_S1,
+            contexts_S=contexts_S,
+            slots_S=slots_S.long(),
+            blocks_SB=blocks.view(-1, widest),
         )
 
     def pieces(self) -> list[Piece]:

@@ -9,7 +9,7 @@ import torch
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 from transformers.models.minimax.modeling_minimax import MiniMaxRotaryEmbedding
 
-from model.decoder import Decoder
+from model.decoder import Decoder, check_image_tokens
 from model.inputs.tiling import choose_layout
 from model.layers.lightning_attention import lightning_slopes
 from model.layers.memory import LayerMemory
@@ -244,7 +244,7 @@ def test_features_that_do_not_match_the_image_tokens_are_refused(decoder, given)
     runs = [(start, torch.zeros(count, 64)) for start, count in given]
     count = sum(count for _, count in given)
     with pytest.raises(ValueError, match=f"3 image tokens, {count} image features"):
-        decoder.embed(ids, runs)
+        check_image_tokens(ids.numpy(), runs, image)
 
 
 def test_the_model_never_writes_an_image_token(decoder):

@@ -110,7 +110,7 @@ def generate_slowly(decoder: Decoder, request: Request) -> tuple[int, ...]:
         hidden = decoder(hidden, batch, memory)[-1:]
         context += batch.lengths[0]
         draw = Draw(sampling.temperature, sampling.top_p, uniform(sampling.seed, context))
-        (token,), _ = choose(decoder.logits(hidden), [draw])
+        token = int(choose(decoder.logits(hidden), [draw])[0])
         written.append(token)
         if token in config.eos_token_ids or len(written) == sampling.max_new_tokens:
             return tuple(written)

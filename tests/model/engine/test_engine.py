@@ -35,7 +35,13 @@ def _config(checkpoint, **settings) -> EngineConfig:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"chunk_tokens": 128}, {"chunk_tokens": 200, "max_sequences": 3}, {"max_sequences": 1}],
+    [
+        {},
+        {"chunk_tokens": 128},
+        {"chunk_tokens": 200, "max_sequences": 3},
+        {"max_sequences": 1},
+        {"chunk_tokens": 200, "max_sequences": 3, "ahead": True},
+    ],
 )
 def test_a_rows_tokens_do_not_depend_on_its_batch_or_chunks(
     checkpoint, requests, expected, settings
@@ -48,13 +54,16 @@ def test_a_rows_tokens_do_not_depend_on_its_batch_or_chunks(
     assert statistics.output_tokens == sum(map(len, expected.values()))
 
 
-def test_a_preempted_row_writes_the_same_tokens(checkpoint, decoder, requests, expected, model):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_preempted_row_writes_the_same_tokens(
+    checkpoint, decoder, requests, expected, model, ahead
+):
     growing = [
         text_request(f"growing-{n}", 50 + n, max_new_tokens=90, temperature=1.0, seed=n)
         for n in range(5)
     ]
     settings = tight_memory(model, range(model.text.num_layers), slots=4, blocks=7)
-    with Engine(_config(checkpoint, **settings)) as engine:
+    with Engine(_config(checkpoint, ahead=ahead, **settings)) as engine:
         assert engine.capacity == Capacity(4, 7)
         small = [request for request in requests if len(request.token_ids) < 150]
         results = token_ids(list(engine.generate(growing + small)))

@@ -59,6 +59,7 @@ class Simulation:
     capacity: Capacity
     chunk_tokens: int = 128
     microbatches: int = 1
+    ahead: bool = False
     plans: list[Plan] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -68,6 +69,7 @@ class Simulation:
             chunk_tokens=self.chunk_tokens,
             microbatches=self.microbatches,
             max_tokens=10**6,
+            ahead=self.ahead,
         )
         self.rank = ShadowRank()
         self.in_flight: deque[Plan] = deque()
@@ -90,9 +92,8 @@ class Simulation:
             self._record(self.in_flight.popleft())
 
     def run(self) -> None:
-        while self.scheduler.unfinished:
+        while self.scheduler.unfinished or self.in_flight:
             self.step()
-        assert not self.in_flight
         assert not self.rank.saved
         assert not any(self.answers_left.values())
         assert sorted(self.memory._slots) == list(range(self.capacity.slots))
@@ -102,6 +103,9 @@ class Simulation:
         self.rank.run(plan)
         self.scheduler.record(plan)
         for segment in plan.sampling_segments:
+            if not self.answers_left[segment.sequence]:
+                assert self.ahead, "computed after it ended"
+                continue
             self.answers_left[segment.sequence] -= 1
             if not self.answers_left[segment.sequence]:
                 self.scheduler.finish(segment.sequence)
@@ -135,12 +139,13 @@ class Simulation:
             assert end == prompt or end % BLOCK_TOKENS == 0
 
     def _check_in_flight(self, plan: Plan) -> None:
-        assert len(self.in_flight) < self.microbatches
+        assert len(self.in_flight) < self.microbatches + self.ahead
         busy = {segment.sequence for flying in self.in_flight for segment in flying.segments}
         awaited = {
             segment.sequence for flying in self.in_flight for segment in flying.sampling_segments
         }
-        assert not awaited & {segment.sequence for segment in plan.segments}
+        if not self.ahead:
+            assert not awaited & {segment.sequence for segment in plan.segments}
         assert not busy & {swap.sequence for swap in plan.saves}
 
     def _check_ownership(self) -> None:
@@ -163,6 +168,7 @@ EDGES = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 127, 128, 129, 191, 192, 193, 256, 2
         st.tuples(
             st.one_of(st.sampled_from(EDGES), st.integers(1, 400)),
             st.integers(1, 150),
+            st.integers(0, 100),
             st.integers(0, 30),
         ),
         min_size=1,
@@ -172,17 +178,19 @@ EDGES = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 127, 128, 129, 191, 192, 193, 256, 2
     blocks=st.integers(1, 24),
     chunk_tokens=st.integers(128, 512),
     microbatches=st.integers(1, 4),
+    ahead=st.booleans(),
 )
 def test_everything_finishes_and_no_memory_is_leaked_or_shared(
-    requests, slots, blocks, chunk_tokens, microbatches
+    requests, slots, blocks, chunk_tokens, microbatches, ahead
 ):
-    simulation = Simulation(Capacity(slots, blocks), chunk_tokens, microbatches)
-    for prompt, answer, wait in requests:
-        if blocks_for(prompt + answer - 1) > blocks:
+    ahead = ahead and microbatches == 1
+    simulation = Simulation(Capacity(slots, blocks), chunk_tokens, microbatches, ahead)
+    for prompt, answer, unwritten, wait in requests:
+        if blocks_for(prompt + answer + unwritten - 1) > blocks:
             with pytest.raises(RowError):
-                simulation.add(prompt, answer)
+                simulation.add(prompt, answer, answer + unwritten)
         else:
-            simulation.add(prompt, answer)
+            simulation.add(prompt, answer, answer + unwritten)
         for _ in range(wait):
             simulation.step()
     simulation.run()
@@ -223,6 +231,17 @@ def test_a_long_prompt_does_not_stall_the_decode_of_short_ones():
         keys = [segment.sequence for segment in plan.segments]
         assert keys[:3] == short
     assert sum(long in [p.sequence for p in plan.segments] for plan in simulation.plans[1:21]) == 20
+
+
+@pytest.mark.parametrize("unwritten", [0, 50])
+def test_the_next_decode_is_planned_before_the_last_is_back(unwritten):
+    simulation = Simulation(Capacity(8, 100), chunk_tokens=256, ahead=True)
+    for _ in range(3):
+        simulation.add(10, 20, 20 + unwritten)
+    simulation.run()
+    # 20 of each are sampled, and one more where only its text says that it ended.
+    assert len(simulation.plans) == 20 + bool(unwritten)
+    assert all(len(plan.segments) == 3 for plan in simulation.plans)
 
 
 def test_decode_does_not_starve_prompts_when_there_are_more_sequences_than_budget():
