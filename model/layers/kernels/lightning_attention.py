@@ -31,20 +31,20 @@ def lightning_attention(
     strides = (*q_THD.stride()[:2], *k_THD.stride()[:2], *v_THD.stride()[:2])
     if any(length > 1 for length in batch.lengths):
         columns = min(width, 64)
-        _chunks[(width // columns, heads, sequences)](
+        _lightning_chunks[(width // columns, heads, sequences)](
             *tensors, *where, *strides, heads,
             WIDTH=width, COLUMNS=columns, CHUNK=CHUNK, num_warps=4, num_stages=2,
         )  # fmt: skip
     if any(length == 1 for length in batch.lengths):
         columns = min(width, 64)
-        _single_tokens[(width // columns, heads, sequences)](
+        _lightning_single_tokens[(width // columns, heads, sequences)](
             *tensors, *where, *strides, heads, WIDTH=width, COLUMNS=columns, num_warps=8
         )
     return o_THD
 
 
 @triton.jit
-def _chunks(
+def _lightning_chunks(
     q, k, v, o, slopes, state, offsets, contexts, slots,
     q_token, q_head, k_token, k_head, v_token, v_head, heads,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
@@ -102,7 +102,7 @@ def _chunks(
 
 
 @triton.jit
-def _single_tokens(
+def _lightning_single_tokens(
     q, k, v, o, slopes, state, offsets, contexts, slots,
     q_token, q_head, k_token, k_head, v_token, v_head, heads,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr,

@@ -39,14 +39,14 @@ def paged_attention(
     sizes = {"WIDTH": width, "BLOCK": keys_BPGD.shape[1]}
 
     tiles = sum(triton.cdiv(length, WRITE_TILE) for length in batch.lengths)
-    _write[(tiles, groups)](
+    _write_keys_values[(tiles, groups)](
         k_TGD, v_TGD, *pools, *where, sequences, table, groups, *k_TGD.stride()[:2],
         *v_TGD.stride()[:2], SEQUENCES=padded, TILE=WRITE_TILE, **sizes,
     )  # fmt: skip
     scale = width**-0.5 * 1.4426950408889634  # the kernels use powers of two
     tiles = sum(triton.cdiv(length, QUERY_TILE) for length in batch.lengths if length > 1)
     if tiles:
-        _chunks[(heads, tiles)](
+        _softmax_chunks[(heads, tiles)](
             q_THD, *pools, o_THD, *where, sequences, table, groups, *q_THD.stride()[:2], scale,
             HEADS=heads, SEQUENCES=padded, TILE=QUERY_TILE, **sizes, num_warps=4, num_stages=2,
         )  # fmt: skip
@@ -64,7 +64,7 @@ def _attend_single(q_THD, pools, o_THD, where, groups, scale, sizes):
     device = q_THD.device
     parts = torch.empty(sequences, heads, splits, width, device=device, dtype=torch.float32)
     weights = torch.empty(sequences, heads, splits, 2, device=device, dtype=torch.float32)
-    _single_tokens[(splits, groups, sequences)](
+    _softmax_single_tokens[(splits, groups, sequences)](
         q_THD, *pools, o_THD, parts, weights, *where, table, split_blocks, groups,
         *q_THD.stride()[:2], scale, SHARED=heads // groups,
         SHARED_TILE=max(16, triton.next_power_of_2(heads // groups)),
@@ -93,7 +93,7 @@ def _find_tile(
 
 
 @triton.jit
-def _write(
+def _write_keys_values(
     k, v, keys, values, offsets, contexts, blocks, count, table, groups,
     k_token, k_group, v_token, v_group,
     SEQUENCES: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -144,7 +144,7 @@ def _attend(
 
 
 @triton.jit
-def _chunks(
+def _softmax_chunks(
     q, keys, values, o, offsets, contexts, blocks, count, table, groups, q_token, q_head, scale,
     HEADS: tl.constexpr, SEQUENCES: tl.constexpr, TILE: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -184,7 +184,7 @@ def _chunks(
 
 
 @triton.jit
-def _single_tokens(
+def _softmax_single_tokens(
     q, keys, values, o, parts, weights, offsets, contexts, blocks, table, split_blocks, groups,
     q_token, q_head, scale, SHARED: tl.constexpr, SHARED_TILE: tl.constexpr, WHOLE: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
