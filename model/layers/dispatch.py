@@ -6,6 +6,7 @@ Triton is imported on first use, so that machines without a GPU need not have it
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -20,12 +21,18 @@ _HEAD_SIZES = (32, 64, 128)
 
 
 def kernels(x: Tensor) -> ModuleType | None:
-    """The kernels, if the activations `x` are what they take (bf16 on a CUDA device)."""
-    if _plain or not x.is_cuda or x.dtype != torch.bfloat16:
+    """The kernels, if the activations `x` are what they take: bf16 on a Hopper GPU."""
+    if _plain or not x.is_cuda or x.dtype != torch.bfloat16 or not _is_hopper(x.device):
         return None
     from model.layers import kernels
 
     return kernels
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    """The kernels are built on wgmma, which no other generation has."""
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def product_kernels(x: Tensor, *widths: int) -> ModuleType | None:

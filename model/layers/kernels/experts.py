@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.layers.kernels import wide
 from model.layers.kernels.int8 import load_weight, settle
+from model.layers.kernels.linear import wide
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def experts(
     y_RD = torch.empty(rows, hidden, device=x_TD.device, dtype=x_TD.dtype)
     grouped = group_rows(experts_TK, count)
     choices, weights_TK = experts_TK.shape[1], weights_TK.contiguous()
-    whole_steps = wide.can_multiply(hidden) and wide.can_multiply(width)
-    if config is None and w13_scale_EF1 is not None and rows > MOST_NARROW * count and whole_steps:
+    many = w13_scale_EF1 is not None and rows > MOST_NARROW * count and config is None
+    if many and wide and wide.can_multiply(hidden) and wide.can_multiply(width):
         pairs = (w13_EFD.view(torch.int16), w2_EDF.view(torch.int16))
         wide.gate_up(x_TD, pairs[0], w13_scale_EF1, h_RF, grouped, choices)
         wide.down(h_RF, pairs[1], w2_scale_ED1, y_RD, grouped, weights_TK)
