@@ -150,8 +150,8 @@ def _check_gpus(job: Job, gpus: int) -> None:
     needed = job.pp * job.replicas
     if gpus < needed:
         raise ConfigError(
-            f"{job.replicas} replicas of {job.pp} ranks need {needed} GPUs; the cluster has {gpus}."
-            " Lower --replicas or --pp, or add GPUs."
+            f"--replicas {job.replicas} times --pp {job.pp} takes GPUs: {needed}; the cluster has:"
+            f" {gpus}. Lower --replicas or --pp, or add GPUs."
         )
     largest = max(int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"])
     if largest < job.pp:

@@ -51,7 +51,7 @@ class Job(BaseModel):
     pp: Positive = Field(1, description="ranks (GPUs) that share the layers of one replica")
     replicas: Positive = Field(1, description="copies of the model that run side by side")
     max_sequences: Positive | None = Field(
-        None, description="sequences in flight per replica; default: as many as fit"
+        None, description="sequences in flight; default: as many as fit on a GPU, 16 on CPU"
     )
     chunk_tokens: Positive | None = Field(
         None, description="tokens computed together; default: 8192 on a GPU, 2048 on CPU"
