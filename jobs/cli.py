@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 
 from jobs import show
+from jobs.bench import cli as bench
 from jobs.config import TASKS, absolute_address, job_from_file, job_from_flags
 from jobs.flags import with_flags
 from jobs.task import Task
@@ -92,6 +93,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # an unexpected error is a bug: show it as Python does
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(bench.app, name="bench")
 
 
 def _ask_for_tracebacks(asked: bool) -> None:

@@ -6,6 +6,7 @@ Shapes: T tokens of a microbatch, D hidden size, N sequences that get a token, P
 
 import logging
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from model.engine.sampling import choose
 from model.layers.memory import LayerMemory, SavedSequence, block_bytes, slot_bytes
 from model.layers.ragged import to_device
 from model.weights.checkpoint import load_decoder
+from model.weights.random import random_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -140,17 +142,19 @@ class Rank:
 
 
 def _load(config: EngineConfig, rank: int, device: torch.device) -> Decoder:
-    layers = load_config(config.checkpoint).text.num_layers
-    span = layer_spans(layers, config.ranks)[rank]
+    model = load_config(config.checkpoint)
+    span = layer_spans(model.text.num_layers, config.ranks)[rank]
     who = f"rank {rank} of {config.ranks}"
     logger.info("%s: loading layers %d to %d on %s", who, span.start, span.stop - 1, device)
     started = time.monotonic()
-    decoder = load_decoder(
-        config.checkpoint,
-        span,
-        dtype=config.torch_dtype,
-        device=device,
-        quantization=config.quantization,
-    )
+    how: Any = {
+        "dtype": config.torch_dtype,
+        "device": device,
+        "quantization": config.quantization,
+    }
+    if config.random_weights:
+        decoder = random_decoder(model, span, **how)
+    else:
+        decoder = load_decoder(config.checkpoint, span, **how)
     logger.info("%s: loaded in %.0f s", who, time.monotonic() - started)
     return decoder

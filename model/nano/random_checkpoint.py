@@ -55,6 +55,24 @@ class NanoSizes:
     tile: int = 336
 
 
+# The released checkpoint's (config.json of MiniMax-VL-01); `layers` for a slice of it.
+RELEASED_SIZES = NanoSizes(
+    layers=80,
+    hidden_size=6144,
+    heads=64,
+    kv_heads=8,
+    head_dim=128,
+    experts=32,
+    experts_per_token=2,
+    intermediate_size=9216,
+    vocab_size=200064,
+    vision_layers=24,
+    vision_hidden_size=1024,
+    vision_heads=16,
+    vision_intermediate_size=4096,
+)
+
+
 def write_random_checkpoint(
     path: str | Path,
     *,
@@ -70,17 +88,30 @@ def write_random_checkpoint(
     `pinpoints` it gets the 28 released grids, in tiles of its own size. Tensors are drawn and
     written a piece at a time, so memory stays at some 100 MB however large the checkpoint is.
     """
-    size = NanoSizes(**sizes)
     folder = Path(path)
+    token_ids = write_configuration(folder, NanoSizes(**sizes), pinpoints=pinpoints, dtype=dtype)
+    draw = _Draw(seed, token_ids)
+    _write_shards(folder, checkpoint_tensors(load_config(folder)), shards, dtype, draw)
+    return folder
+
+
+def write_configuration(
+    folder: Path,
+    size: NanoSizes,
+    *,
+    pinpoints: list[tuple[int, int]] | None = None,
+    dtype: str = "bfloat16",
+    endless: bool = False,
+) -> TokenIds:
+    """Write what a checkpoint holds besides its tensors. `endless`: no token ends a text."""
     folder.mkdir(parents=True, exist_ok=True)
     token_ids = write_tokenizer(folder, size.vocab_size)
     grids = [list(p) for p in pinpoints or released_pinpoints(size.tile)]
     _write_json(folder / "config.json", _config_json(size, token_ids.image, grids, dtype))
     _write_json(folder / "preprocessor_config.json", _preprocessor_json(size, grids))
-    _write_json(folder / "generation_config.json", {"eos_token_id": token_ids.end})
-    draw = _Draw(seed, token_ids)
-    _write_shards(folder, checkpoint_tensors(load_config(folder)), shards, dtype, draw)
-    return folder
+    ends = [] if endless else token_ids.end
+    _write_json(folder / "generation_config.json", {"eos_token_id": ends})
+    return token_ids
 
 
 def released_pinpoints(tile: int = 336) -> list[tuple[int, int]]:

@@ -1,0 +1,102 @@
+"""`vl01 bench`: measures the engine on this machine. Imports nothing heavy before it begins."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Measure the engine on this machine's GPU.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+)
+
+_SLICE = """Time a slice of the network at full width, with random weights.
+
+No checkpoint is needed: the weights are made on the device, and text runs
+to exactly as many tokens as asked for. One slice of 8 layers is a tenth of
+the network: its images/s over ten are images/s for each GPU of the whole.
+Beside the rates stand what this device can do at best, measured in the
+same run, and, on a GPU, which layers the time went to.
+
+[bold]Examples[/bold]
+  vl01 bench slice
+  vl01 bench slice --workload decode --json decode.json
+  vl01 bench slice --requests 64 --prompt 1000 --new 100
+  vl01 bench slice --width tiny --device cpu --workload decode"""
+
+
+class WorkloadName(StrEnum):
+    ALL = "all"
+    COCO = "coco640x480"
+    PAGE = "page-a4"
+    DECODE = "decode"
+
+
+class Width(StrEnum):
+    RELEASED = "released"
+    TINY = "tiny"
+
+
+class Device(StrEnum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@app.callback()
+def bench() -> None:
+    """Only gathers its commands."""
+
+
+@app.command("slice", help=_SLICE)
+def bench_slice(
+    workload: Annotated[
+        WorkloadName, typer.Option(help="coco640x480: 128 x 2400 + 128 tokens; page-a4: 32 x 8080 "
+        "+ 256; decode: 128 x 64 + 256")
+    ] = WorkloadName.ALL,
+    requests: Annotated[int | None, typer.Option(min=1, help="another number of requests")] = None,
+    prompt: Annotated[int | None, typer.Option(min=1, help="another length of prompts")] = None,
+    new: Annotated[int | None, typer.Option(min=1, help="another length of answers")] = None,
+    layers: Annotated[int, typer.Option(min=1, help="layers; every 8th is softmax")] = 8,
+    width: Annotated[Width, typer.Option(help="tiny: to try it anywhere")] = Width.RELEASED,
+    repeat: Annotated[int, typer.Option(min=1, help="runs, of which the best counts")] = 3,
+    chunk_tokens: Annotated[int, typer.Option(min=128, help="most tokens at a time")] = 16384,
+    device: Annotated[Device, typer.Option()] = Device.AUTO,
+    plain: Annotated[bool, typer.Option("--plain", help="without the kernels")] = False,
+    no_profile: Annotated[
+        bool, typer.Option("--no-profile", help="without the time of each layer")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the numbers here too", dir_okay=False)
+    ] = None,
+) -> None:  # fmt: skip
+    from dataclasses import replace
+
+    from jobs.bench import report
+    from jobs.bench.slice import SliceSettings, measure_all, open_slice
+    from jobs.bench.workloads import WORKLOADS
+
+    chosen = list(WORKLOADS.values()) if workload == "all" else [WORKLOADS[workload]]
+    other = {"requests": requests, "prompt": prompt, "new": new}
+    if changes := {name: value for name, value in other.items() if value}:
+        base = chosen[-1] if workload == "all" else chosen[0]
+        chosen = [replace(base, name="yours", what="requests", **changes)]
+    settings = SliceSettings(
+        layers, str(width), str(device), chunk_tokens, repeat, plain, not no_profile
+    )
+    measured = []
+    with open_slice(settings) as opened:
+        report.show_device(opened.device, opened.ceilings)
+        for measurement in measure_all(opened, chosen):
+            report.show(measurement, opened.ceilings)
+            measured.append(measurement)
+            if json_file:
+                numbers = report.as_json(settings, opened.device, opened.ceilings, measured)
+                json_file.write_text(json.dumps(numbers, indent=2))
+
+
+if __name__ == "__main__":
+    app()

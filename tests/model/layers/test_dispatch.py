@@ -1,0 +1,44 @@
+"""Which code computes a layer."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from model.layers import dispatch
+
+
+@pytest.fixture(autouse=True)
+def triton(monkeypatch):
+    """Stands in for the kernels, which cannot be imported here."""
+    module = ModuleType("model.layers.kernels")
+    monkeypatch.setitem(sys.modules, "model.layers.kernels", module)
+    monkeypatch.setattr("model.layers.kernels", module, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: device)
+    dispatch._is_hopper.cache_clear()
+    return module
+
+
+def on_gpu(*shape: int, dtype=torch.bfloat16, capability=(9, 0)):
+    return SimpleNamespace(is_cuda=True, dtype=dtype, shape=shape, device=capability)
+
+
+def test_a_cpu_or_fp32_or_another_generation_never_takes_a_kernel(triton):
+    assert dispatch.kernels(on_gpu(1, capability=(8, 0))) is None  # type: ignore[arg-type]
+    assert dispatch.kernels(torch.zeros(1, dtype=torch.bfloat16)) is None
+    assert dispatch.kernels(on_gpu(1, dtype=torch.float32)) is None  # type: ignore[arg-type]
+    assert dispatch.kernels(on_gpu(1)) is triton  # type: ignore[arg-type]
+
+
+def test_sizes_that_no_kernel_computes_take_the_plain_code(triton):
+    assert dispatch.product_kernels(on_gpu(1), 64, 96) is triton  # type: ignore[arg-type]
+    assert dispatch.product_kernels(on_gpu(1), 64, 40) is None  # type: ignore[arg-type]
+    assert dispatch.attention_kernels(on_gpu(5, 4, 128)) is triton  # type: ignore[arg-type]
+    assert dispatch.attention_kernels(on_gpu(5, 4, 80)) is None  # type: ignore[arg-type]
+
+
+def test_the_plain_code_is_forced_within_its_block_only(triton):
+    with dispatch.plain_layers():
+        assert dispatch.kernels(on_gpu(1)) is None  # type: ignore[arg-type]
+    assert dispatch.kernels(on_gpu(1)) is triton  # type: ignore[arg-type]
