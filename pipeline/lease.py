@@ -25,7 +25,7 @@ _FILE = "lease.json"
 
 
 @dataclass(frozen=True)
-class _Holder:
+class Holder:
     """What lease.json says. machine: a host name is not enough, containers share them and their
     process ids. started: tells a process from a later one with the same id."""
 
@@ -36,6 +36,30 @@ class _Holder:
     started: str
     refreshed_at: float
     beat: int = 0
+
+    @property
+    def age(self) -> float:
+        """Seconds since its last beat, by this machine's clock."""
+        return max(0, time.time() - self.refreshed_at)
+
+    def seems_alive(self, expire_s: float = EXPIRE_S) -> bool:
+        """Certain where the holder runs on this machine; elsewhere as far as clocks agree."""
+        if self.machine == _machine():
+            return _started(self.pid) == self.started
+        return self.age < expire_s
+
+
+def read_holder(ledger: Ledger) -> Holder | None:
+    """Who holds the lease, alive or not. Raises LedgerError when it is damaged."""
+    try:
+        return Holder(**json.loads(ledger.read(_FILE)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise LedgerError(
+            f"{_FILE} of {ledger.output} is damaged ({error}); "
+            "remove it if no other run is writing there"
+        ) from error
 
 
 class Lease:
@@ -83,24 +107,21 @@ class Lease:
                 f"the lease on {self._ledger.output} was {what}; this run ({self.run}) stops"
             )
 
-    def _refuse_if_alive(self, holder: _Holder) -> None:
-        if holder.machine == _machine():
-            if _started(holder.pid) == holder.started:
-                self._refuse(holder)
-            return
-        if time.time() - holder.refreshed_at < self._expire_s:
+    def _refuse_if_alive(self, holder: Holder) -> None:
+        if holder.seems_alive(self._expire_s):
             self._refuse(holder)
+        if holder.machine == _machine():
+            return
         # Its clock may be behind ours: it is gone when nothing changes for two of its beats.
         time.sleep(2 * self._refresh_s)
         if (later := self._read()) and later != holder:
             self._refuse(later)
 
-    def _refuse(self, holder: _Holder) -> None:
-        age = max(0, time.time() - holder.refreshed_at)
+    def _refuse(self, holder: Holder) -> None:
         raise LedgerError(
             f"another run is writing to {self._ledger.output}: process {holder.pid} on "
-            f"{holder.host}, alive {age:.0f} s ago. Wait for it, or stop it; a run that died on "
-            f"another machine holds its lease for {self._expire_s:.0f} s more"
+            f"{holder.host}, alive {holder.age:.0f} s ago. Wait for it, or stop it; a run that "
+            f"died on another machine holds its lease for {self._expire_s:.0f} s more"
         )
 
     def _keep_refreshing(self) -> None:
@@ -116,7 +137,7 @@ class Lease:
 
     def _write(self, beat: int) -> None:
         pid = os.getpid()
-        holder = _Holder(
+        holder = Holder(
             self.run, socket.gethostname(), _machine(), pid, _started(pid), time.time(), beat
         )
         self._ledger.write(_FILE, json.dumps(asdict(holder), indent=1).encode())
@@ -125,16 +146,8 @@ class Lease:
         holder = self._read()
         return holder and holder.run
 
-    def _read(self) -> _Holder | None:
-        try:
-            return _Holder(**json.loads(self._ledger.read(_FILE)))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError) as error:
-            raise LedgerError(
-                f"{_FILE} of {self._ledger.output} is damaged ({error}); "
-                "remove it if no other run is writing there"
-            ) from error
+    def _read(self) -> Holder | None:
+        return read_holder(self._ledger)
 
 
 def _machine() -> str:

@@ -10,6 +10,7 @@ import io
 import threading
 import time
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -29,6 +30,7 @@ _SIGNATURES = (
     ("BMP", 0, (b"BM",)),
 )
 _ORIENTATION = 0x0112  # the EXIF tag
+_SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
 _PILLOW_LIMIT = threading.Lock()
 
 
@@ -90,6 +92,34 @@ def prepare_image(
     fitted = image.resize(fitted_size(*image.size, *grid), Image.Resampling.BICUBIC)
     _cut(_pixels(fitted), layout, tiles[1:])
     return Tiles(tiles, image.width, image.height, layout, note)
+
+
+def image_size(
+    file: IO[bytes], limits: DecodeLimits = DecodeLimits(), exif_rotate: bool = False
+) -> tuple[int, int]:
+    """(width, height) in pixels of the image that `prepare_image` would tile, from its header.
+
+    Reads no further than the header where the format allows (not WebP and AVIF). Raises RowError
+    as `prepare_image` does, as far as a header tells: what follows it may still be damaged.
+    """
+    name = _recognise(file.read(16))
+    file.seek(0)
+    try:
+        image = _open(file, name)
+        _check_pixels(image, limits)
+        turned = exif_rotate and _lies_on_its_side(image, name)
+    except RowError:
+        raise
+    except Exception as error:
+        raise _undecodable(name, error) from error
+    return (image.height, image.width) if turned else image.size
+
+
+def _lies_on_its_side(image: Image.Image, name: str) -> bool:
+    # Pillow turns a TIFF itself, and would decode a whole PNG to find EXIF after its pixels.
+    if name == "TIFF" or (name == "PNG" and "exif" not in image.info):
+        return False
+    return image.getexif().get(_ORIENTATION) in _SIDEWAYS
 
 
 def _cut(pixels_HWC: np.ndarray, layout: Layout, tiles_NTTC: np.ndarray) -> None:
@@ -154,10 +184,14 @@ def _decode(
     except Image.DecompressionBombError as error:
         raise RowError(Reason.TOO_MANY_PIXELS, str(error)) from error
     except Exception as error:  # whatever a decoder does on damaged data, it costs one row
-        damaged_header = isinstance(error, UnidentifiedImageError)
-        what = "its header is damaged" if damaged_header else str(error) or type(error).__name__
-        raise RowError(Reason.DECODE_ERROR, f"cannot decode this {name}: {what}") from error
+        raise _undecodable(name, error) from error
     return image, "; ".join(notes)
+
+
+def _undecodable(name: str, error: Exception) -> RowError:
+    damaged_header = isinstance(error, UnidentifiedImageError)
+    what = "its header is damaged" if damaged_header else str(error) or type(error).__name__
+    return RowError(Reason.DECODE_ERROR, f"cannot decode this {name}: {what}")
 
 
 def _recognise(start: bytes) -> str:
@@ -170,7 +204,7 @@ def _recognise(start: bytes) -> str:
     raise RowError(Reason.NOT_AN_IMAGE, f"the data starts with {start!r}; expected {known}")
 
 
-def _open(source: _DeadlineReader, name: str) -> Image.Image:
+def _open(source: IO[bytes], name: str) -> Image.Image:
     """Read the header. Pillow's own limit of pixels is off meanwhile: ours is checked next."""
     with _PILLOW_LIMIT:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None

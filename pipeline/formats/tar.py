@@ -41,11 +41,11 @@ def tar_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
     try:
         with (
             PatientFile(fs, path, block_size=STREAM_BYTES) as file,
-            tarfile.open(fileobj=file, mode="r|", bufsize=1024**2, tarinfo=_Header) as tar,  # type: ignore[arg-type]
+            tarfile.open(fileobj=file, mode="r|", bufsize=1024**2, tarinfo=StrictHeader) as tar,  # type: ignore[arg-type]
         ):
             while (member := tar.next()) is not None:
                 tar.members.clear()  # else it keeps the header of every member of the shard
-                if _is_image(member):
+                if is_image(member):
                     text = as_text(member.name)
                     seen[text] += 1
                     # A tar may hold a name twice; a row id, made from the name, may not come twice.
@@ -59,7 +59,8 @@ def tar_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
         yield Row(name, None, error=error)
 
 
-def _is_image(member: tarfile.TarInfo) -> bool:
+def is_image(member: tarfile.TarInfo) -> bool:
+    """Whether a member becomes a row."""
     return member.isreg() and kind_of(member.name) is UnitKind.IMAGES and not is_hidden(member.name)
 
 
@@ -70,13 +71,13 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, max_bytes: int) -> byte
     return reader.read()
 
 
-class _Header(tarfile.TarInfo):
+class StrictHeader(tarfile.TarInfo):
     """Says so when a tar ends without its end mark, which tarfile takes for the end of a whole one,
     and refuses a header so long that reading it would fill the memory.
     """
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "StrictHeader":
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # pyright: ignore[reportAttributeAccessIssue]
@@ -87,7 +88,7 @@ class _Header(tarfile.TarInfo):
             ) from error
 
     @classmethod
-    def frombuf(cls, buf: Any, encoding: str, errors: str) -> "_Header":
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> "StrictHeader":
         header = super().frombuf(buf, encoding, errors)
         if header.type in _READ_WHOLE and header.size > _LONGEST_HEADER:
             raise tarfile.ReadError(
