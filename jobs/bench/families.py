@@ -1,10 +1,9 @@
 """Where the time of a run on a GPU goes: kernels, gathered into the families of layers."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 # A kernel belongs to the first family one of whose words is in its name.
@@ -26,13 +25,18 @@ def seconds_by_family(run: Callable[[], object]) -> tuple[dict[str, float], list
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
-    events = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
-    return gather([(event.name, event.time_range.start, event.time_range.end) for event in events])
+    return gather(
+        [
+            (event.name, event.time_range.start, event.time_range.end)
+            for event in profiler.events() or ()
+            if event.device_type.name == "CUDA"
+        ]
+    )
 
 
 def gather(kernels: list[tuple[str, float, float]]) -> tuple[dict[str, float], list[str]]:
     """The same from (name, start, end) in microseconds of every kernel."""
-    by_name: Counter[str] = Counter()
+    by_name: dict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
     seconds = dict.fromkeys([*_FAMILIES, _REST, IDLE], 0.0)
     free_from = min((start for _, start, _ in kernels), default=0.0)
@@ -44,7 +48,7 @@ def gather(kernels: list[tuple[str, float, float]]) -> tuple[dict[str, float], l
         calls[name] += 1
     longest = [
         f"{time / 1e6:8.3f} s  {calls[name]:6d} x {time / calls[name]:8.1f} us  {name[:90]}"
-        for name, time in by_name.most_common(25)
+        for name, time in sorted(by_name.items(), key=lambda item: -item[1])[:25]
     ]
     return seconds, longest
 
