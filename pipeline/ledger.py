@@ -14,6 +14,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -35,6 +36,7 @@ from pipeline.storage import (
     open_fs,
     patiently,
     put_in_place,
+    try_writing,
     write_whole,
 )
 from schemas.errors import ConfigError, LedgerError
@@ -67,15 +69,25 @@ class Ledger:
 
     def prepare(self) -> None:
         """Makes sure that OUT can be written and is ours or empty. Raises ConfigError."""
+        with self._writing():
+            for folder in ("tmp", "commits"):
+                make_folder(self.fs, self._path(folder))
+            self.write("writable", b"")
+            self.fs.rm_file(self._path("writable"))
+
+    def check(self) -> None:
+        """Raises the ConfigError that `prepare` would raise, and leaves nothing behind."""
+        with self._writing():
+            try_writing(self.fs, self.root)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
             if self.fs.isfile(self.root):
                 raise ConfigError(f"cannot write to {self.output}: it is a file, not a folder")
             if not self.fs.exists(self._path("job.json")):
                 self._refuse_foreign_rows()
-            for folder in ("tmp", "commits"):
-                make_folder(self.fs, self._path(folder))
-            self.write("writable", b"")
-            self.fs.rm_file(self._path("writable"))
+            yield
         except ConfigError:
             raise
         except Exception as error:  # storage clients raise far more than OSError

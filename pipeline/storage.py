@@ -4,6 +4,7 @@ Knows nothing of images, units or ledgers.
 """
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -234,6 +235,24 @@ class PatientFile:
 def make_folder(fs: AbstractFileSystem, path: str) -> None:
     if not _is_s3(fs):  # it has no folders, and s3fs would make the bucket
         fs.makedirs(path, exist_ok=True)
+
+
+def try_writing(fs: AbstractFileSystem, folder: str) -> None:
+    """Writes below `folder` as far as that goes without leaving anything. Raises what the storage
+    raises.
+
+    A folder that is not there is not made: the one above it, which it would be made in, is tried.
+    """
+    if not is_local(fs):
+        probe = f"{folder}/{uuid4().hex}"
+        fs.pipe_file(probe, b"")
+        fs.rm_file(probe)
+        return
+    path = Path(folder)
+    while not os.path.lexists(path):
+        path = path.parent
+    with tempfile.TemporaryFile(dir=path):
+        pass
 
 
 def write_whole(fs: AbstractFileSystem, path: str, data: bytes, scratch: str) -> None:
