@@ -20,7 +20,7 @@ _PANELS = {
     "exif_rotate endpoint_url",
     "Model": "model quantization dtype device chunk_tokens max_sequences cache_gib",
     "Prompt and answer": "prompt system max_new_tokens temperature top_p seed stop",
-    "Cluster": "pp replicas prepare_workers address",
+    "Cluster": "pp replicas prepare_workers address grace_seconds",
 }
 _PANEL_OF = {key: panel for panel, keys in _PANELS.items() for key in keys.split()}
 

@@ -31,6 +31,7 @@ from pipeline.prepare import BLOCK_BYTES, Prepare, PrepareSettings
 from pipeline.progress import Progress
 from pipeline.read import ReadSettings, read_units
 from pipeline.sources import Source, open_source
+from pipeline.stop import Stop
 from pipeline.tally import Tally
 from schemas.job import Job
 from schemas.ledger import PLAN
@@ -47,13 +48,11 @@ def run(job: Job) -> Summary:
     Raises ConfigError for all that a user can get wrong, before any model is loaded; EngineError
     or LedgerError when the run stops before its end. The same call resumes it.
     """
-    config = check_checkpoint(job.model, quantization=job.quantization)
-    layer_spans(config.text.num_layers, job.pp)
-    template = Tokenizer.from_checkpoint(job.model).prompt_template(job.prompt, job.system)
+    model = open_model(job)
     source = open_source(job.source, job.endpoint_url)
     ledger = Ledger(job.output, job.endpoint_url)
     ledger.prepare()
-    with Lease(ledger) as lease, Progress() as progress:
+    with Stop(job.grace_seconds) as stop, Lease(ledger) as lease, Progress() as progress:
         pending = plan_or_resume(job, source, ledger, lease)
         committer = Committer(ledger, lease)
         tally = Tally(progress)
@@ -61,15 +60,47 @@ def run(job: Job) -> Summary:
             progress.start(
                 pending.num_rows, "starting Ray, loading the model, computing the first answers"
             )
-            with ray_session(job.address):
-                read = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept)
-                flow = Flow(job, config, template, read, place(job))
-                for rows in flow.generated(pending):
-                    tally.generated(rows)
-                    with tally.committing():
-                        records = committer.add(rows)
-                    tally.committed(records)
+            read = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept)
+            work(job, model, read, pending, committer, tally, stop)
         return tally.summary(ledger, committer, job.strict)
+
+
+def work(
+    job: Job,
+    model: "Model",
+    read: ReadSettings,
+    pending: pa.Table,
+    committer: Committer,
+    tally: Tally,
+    stop: Stop,
+) -> None:
+    """Sends units through all the stages. Raises StoppedError when it ends before they are done."""
+    with ray_session(job.address):
+        stop.listen()
+        flow = Flow(job, model, read, place(job))
+        for rows in stop.relay(flow.generated(pending), committer.incomplete):
+            tally.generated(rows)
+            with tally.committing():
+                records = committer.add(rows)
+            tally.committed(records)
+            tally.check_failures(job.max_failure_rate)
+    tally.check_stopped(stop.asked)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the flow knows of the checkpoint before anything of it is loaded."""
+
+    config: VL01Config
+    template: PromptTemplate
+
+
+def open_model(job: Job) -> Model:
+    """Raises ConfigError: no VL-01 there, more ranks than layers."""
+    config = check_checkpoint(job.model, quantization=job.quantization)
+    layer_spans(config.text.num_layers, job.pp)
+    template = Tokenizer.from_checkpoint(job.model).prompt_template(job.prompt, job.system)
+    return Model(config, template)
 
 
 def plan_or_resume(job: Job, source: Source, ledger: Ledger, lease: Lease) -> pa.Table:
@@ -87,8 +118,7 @@ class Flow:
     """The stages that run on Ray, and what each of them must know."""
 
     job: Job
-    config: VL01Config
-    template: PromptTemplate
+    model: Model
     read: ReadSettings
     place: Placement
 
@@ -127,12 +157,12 @@ class Flow:
         yield from generated.iter_batches(batch_size=None, batch_format="pyarrow")
 
     def prepare_settings(self) -> PrepareSettings:
-        job, vision = self.job, self.config.vision
+        job, config = self.job, self.model.config
         return PrepareSettings(
-            template=self.template,
-            pinpoints=self.config.pinpoints,
-            tile=vision.image_size,
-            patch=vision.patch_size,
+            template=self.model.template,
+            pinpoints=config.pinpoints,
+            tile=config.vision.image_size,
+            patch=config.vision.patch_size,
             limits=DecodeLimits(job.max_pixels, job.max_bytes, job.decode_seconds),
             exif_rotate=job.exif_rotate,
             kept=self.read.kept,
@@ -152,5 +182,5 @@ class Flow:
             cache_bytes=None if job.cache_gib is None else int(job.cache_gib * 1024**3),
         )
         return GenerateSettings(
-            engine, job.sampling(), self.config.vision.image_size, self.read.kept
+            engine, job.sampling(), self.model.config.vision.image_size, self.read.kept
         )

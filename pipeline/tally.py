@@ -10,10 +10,11 @@ import pyarrow as pa
 from pipeline.commit import Committer
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress
-from schemas.errors import EngineError
+from schemas.errors import EngineError, StoppedError
 from schemas.ledger import CommitRecord
 from schemas.report import Summary
 
+FAILURES_COUNT_AFTER = 200  # rows: fewer say little about the rest
 _TIMED_BY_ROW = ("read", "prepare", "generate")
 
 
@@ -25,6 +26,7 @@ class Tally:
         self._started = time.monotonic()
         self._rows: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
+        self._failures: Counter[str] = Counter()  # by reason, of the rows that were generated
         self._stage_seconds: dict[str, float] = dict.fromkeys((*_TIMED_BY_ROW, "commit"), 0.0)
         self._prompt_tokens = 0
         self._output_tokens = 0
@@ -33,9 +35,11 @@ class Tally:
         """Rows in the GENERATED schema, as they leave the replicas."""
         for stage in _TIMED_BY_ROW:
             self._stage_seconds[stage] += sum(_known(rows[f"{stage}_seconds"]))
+        failed = rows.filter(rows["finish_reason"].is_null())
+        self._failures.update(failed["reason"].to_pylist())
         self._progress.generated(
             rows=rows.num_rows,
-            failed=rows["finish_reason"].null_count,
+            failed=failed.num_rows,
             tokens=sum(_known(rows["prompt_tokens"])) + sum(_known(rows["output_tokens"])),
         )
 
@@ -53,6 +57,27 @@ class Tally:
             self._prompt_tokens += record.prompt_tokens
             self._output_tokens += record.output_tokens
             self._progress.committed(1)
+
+    def check_failures(self, most: float) -> None:
+        """Raises StoppedError when a larger share than `most` of this run's rows failed."""
+        rows, failed = self._progress.rows, self._progress.failed
+        if rows < FAILURES_COUNT_AFTER or failed <= most * rows:
+            return
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in self._failures.most_common(3))
+        raise StoppedError(
+            f"{failed:,} of the first {rows:,} rows failed, more than --max-failure-rate {most:g}"
+            f" allows: {reasons}. What is committed stays; the same command does what is left, with"
+            " a higher --max-failure-rate if so many failures are expected."
+        )
+
+    def check_stopped(self, signal_name: str | None) -> None:
+        """Raises StoppedError when a signal ended the run before all was done."""
+        done, asked = self._progress.committed_units, self._progress.pending_units
+        if signal_name and done < asked:
+            raise StoppedError(
+                f"stopped by {signal_name}: {done:,} of the {asked:,} units of this run are"
+                " committed; the same command does the rest"
+            )
 
     def summary(self, ledger: Ledger, committer: Committer, strict: bool) -> Summary:
         """Raises EngineError when units are left: rows of them went missing on the way."""

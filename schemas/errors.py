@@ -57,6 +57,10 @@ class EngineError(VL01Error):
     """The engine is broken: its replica must be rebuilt and its units done again."""
 
 
+class StoppedError(VL01Error):
+    """The run ended early, on request or by its own judgement: what is committed stays."""
+
+
 class LedgerError(VL01Error):
     """The output cannot be written safely: its lease is held or lost, or a record is damaged."""
 

@@ -64,6 +64,12 @@ class Job(BaseModel):
     address: str = Field("local", description="the Ray cluster: local, auto, or its address")
     endpoint_url: str | None = Field(None, description="an S3 server other than AWS's own")
     strict: bool = Field(False, description="exit 3 if any row failed")
+    max_failure_rate: float = Field(
+        0.2, ge=0, le=1, description="stop, after 200 rows, when more of them than this failed"
+    )
+    grace_seconds: float = Field(
+        25.0, ge=0, description="time to finish what is nearly done when asked to stop"
+    )
 
     def sampling(self) -> Sampling:
         return Sampling(
@@ -75,12 +81,12 @@ class Job(BaseModel):
         only decide where and how fast the run goes. Those may change between two runs on one
         output; the rest may not.
         """
-        return self.model_dump(mode="json", exclude=_WHERE_AND_HOW_FAST) | {
+        return self.model_dump(mode="json", exclude=WHERE_AND_HOW_FAST) | {
             "model_revision": model_revision
         }
 
 
-_WHERE_AND_HOW_FAST = {
+WHERE_AND_HOW_FAST = {
     "output",
     "model",  # its path; the fingerprint holds its revision
     "device",
@@ -94,4 +100,6 @@ _WHERE_AND_HOW_FAST = {
     "address",
     "endpoint_url",
     "strict",
+    "max_failure_rate",
+    "grace_seconds",
 }
