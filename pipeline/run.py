@@ -14,18 +14,15 @@ import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy
 
-from model.config import VL01Config
 from model.engine.config import EngineConfig
-from model.engine.ranks import layer_spans
 from model.inputs.images import DecodeLimits
-from model.inputs.prompt import PromptTemplate
-from model.tokenizer import Tokenizer
-from model.weights.checkpoint import check_checkpoint, checkpoint_revision
+from model.weights.checkpoint import checkpoint_revision
 from pipeline.commit import Committer
 from pipeline.generate import Generate, GenerateSettings
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
-from pipeline.placement import Placement, configure_ray_data, place, ray_session
+from pipeline.model import Model, open_model
+from pipeline.placement import READ_CPUS, Placement, configure_ray_data, place, ray_session
 from pipeline.plan import Plan
 from pipeline.prepare import BLOCK_BYTES, Prepare, PrepareSettings
 from pipeline.progress import Progress
@@ -37,7 +34,6 @@ from schemas.job import Job
 from schemas.ledger import PLAN
 from schemas.report import Summary
 
-READ_CPUS = 0.25  # reading waits for storage: four reads share a core
 PREPARE_ROWS = 8
 REPLICA_RETRIES = 5  # of a batch whose replica died under it, before the run stops
 
@@ -67,7 +63,7 @@ def run(job: Job) -> Summary:
 
 def work(
     job: Job,
-    model: "Model",
+    model: Model,
     read: ReadSettings,
     pending: pa.Table,
     committer: Committer,
@@ -85,22 +81,6 @@ def work(
             tally.committed(records)
             tally.check_failures(job.max_failure_rate)
     tally.check_stopped(stop.asked)
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the flow knows of the checkpoint before anything of it is loaded."""
-
-    config: VL01Config
-    template: PromptTemplate
-
-
-def open_model(job: Job) -> Model:
-    """Raises ConfigError: no VL-01 there, more ranks than layers."""
-    config = check_checkpoint(job.model, quantization=job.quantization)
-    layer_spans(config.text.num_layers, job.pp)
-    template = Tokenizer.from_checkpoint(job.model).prompt_template(job.prompt, job.system)
-    return Model(config, template)
 
 
 def plan_or_resume(job: Job, source: Source, ledger: Ledger, lease: Lease) -> pa.Table:
@@ -138,7 +118,7 @@ class Flow:
             batch_size=PREPARE_ROWS,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=self.place.prepare_workers),
-            num_cpus=1,
+            num_cpus=self.place.prepare_cpus,
         )
         generated = prepared.map_batches(
             Generate,
