@@ -98,14 +98,21 @@ def load_config(checkpoint: str | Path) -> VL01Config:
     config.expect("vision_feature_layer", -1)
     config.expect("vision_feature_select_strategy", "default")
     config.expect("projector_hidden_act", "gelu")
+    text = _text_config(config.section("text_config"))
     vision = _vision_config(config.section("vision_config"))
+    image_token_id = config.need("image_token_index", "image_token_id")
+    if image_token_id not in range(text.vocab_size):
+        raise CheckpointError(
+            f"{config.path} does not fit together: image token {image_token_id} in a vocabulary "
+            f"of {text.vocab_size}."
+        )
     preprocessor = _Section(
         root / "preprocessor_config.json", _read_json(root, "preprocessor_config.json")
     )
     return VL01Config(
-        text=_text_config(config.section("text_config")),
+        text=text,
         vision=vision,
-        image_token_id=config.need("image_token_index", "image_token_id"),
+        image_token_id=image_token_id,
         eos_token_ids=_eos_token_ids(root, config),
         pinpoints=_pinpoints(config, preprocessor, vision.image_size),
         image_mean=tuple(preprocessor.need("image_mean")),
@@ -140,8 +147,8 @@ class _Section:
                 f"{' or '.join(repr(s) for s in supported)}."
             )
 
-    def section(self, name: str) -> "_Section":
-        values = self.need(name)
+    def section(self, name: str, *, optional: bool = False) -> "_Section":
+        values = self.get(name, default={}) if optional else self.need(name)
         if not isinstance(values, dict):
             raise CheckpointError(f"{self.path}: {name} is {values!r}; expected an object.")
         return _Section(f"{self.path}: {name}", values)
@@ -171,8 +178,12 @@ def _text_config(text: _Section) -> TextConfig:
         raise CheckpointError(f"{text.path} has shared experts; this program computes none.")
     num_layers, num_heads = text.need("num_hidden_layers"), text.need("num_attention_heads")
     head_dim = text.get("head_dim", default=text.need("hidden_size") // num_heads)
-    rope = text.get("rope_parameters", default={})
-    rotary_factor = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", default=1))
+    rope = text.section("rope_parameters", optional=True)
+    rope.expect("rope_type", "default")
+    theta = rope.get("rope_theta", default=text.get("rope_theta"))
+    rotary_factor = rope.get(
+        "partial_rotary_factor", default=text.get("partial_rotary_factor", default=1)
+    )
     config = TextConfig(
         vocab_size=text.need("vocab_size"),
         hidden_size=text.need("hidden_size"),
@@ -182,7 +193,7 @@ def _text_config(text: _Section) -> TextConfig:
         num_kv_heads=text.need("num_key_value_heads"),
         head_dim=head_dim,
         rotary_dim=text.get("rotary_dim", default=int(head_dim * rotary_factor)),
-        rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else text.need("rope_theta")),
+        rope_theta=float(text.need("rope_theta") if theta is None else theta),
         max_position_embeddings=text.need("max_position_embeddings"),
         num_experts=text.need("num_local_experts", "num_experts"),
         experts_per_token=text.need("num_experts_per_tok"),
@@ -268,7 +279,7 @@ def _eos_token_ids(root: Path, config: _Section) -> tuple[int, ...]:
 def _pinpoints(config: _Section, preprocessor: _Section, tile: int) -> tuple[tuple[int, int], ...]:
     pinpoints = preprocessor.get("image_grid_pinpoints")
     in_config = config.get("image_grid_pinpoints")
-    if pinpoints is None and in_config is None:
+    if not pinpoints and not in_config:
         raise CheckpointError(f"{preprocessor.path} lacks image_grid_pinpoints.")
     pinpoints = [tuple(p) for p in pinpoints or in_config]
     if in_config is not None and {tuple(p) for p in in_config} != set(pinpoints):

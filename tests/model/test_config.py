@@ -53,12 +53,14 @@ def test_transformers_names_mean_the_same_as_the_released_ones(checkpoint, edit)
         ("config.json", None, {"model_type": ...}, "expected 'minimax_vl_01'"),
         ("config.json", None, {"vision_feature_layer": -2}, "vision_feature_layer"),
         ("config.json", None, {"image_token_index": ...}, "lacks image_token_index"),
+        ("config.json", None, {"image_token_index": 640}, "image token 640 .* vocabulary of 640"),
         ("config.json", None, {"text_config": "x"}, "expected an object"),
         ("config.json", "text_config", {"hidden_size": ...}, "text_config lacks hidden_size"),
         ("config.json", "text_config", {"postnorm": False}, "postnorm = False"),
         ("config.json", "text_config", {"shared_intermediate_size": [512]}, "shared experts"),
         ("config.json", "text_config", {"attn_type_list": [0] * 7}, "7 attention types for 8"),
         ("config.json", "text_config", {"attn_type_list": [0] * 7 + [2]}, "among them 2"),
+        ("config.json", "text_config", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type"),
         ("config.json", "text_config", {"layernorm_mlp_alpha": ...}, "layernorm_mlp_alpha"),
         ("config.json", "text_config", {"num_key_value_heads": 3}, "4 heads over 3"),
         ("config.json", "vision_config", {"hidden_act": "quick_gelu"}, "'quick_gelu'"),
@@ -78,6 +80,13 @@ def test_pinpoints_that_are_no_tiles_are_refused(edit):
     edit("config.json", image_grid_pinpoints=...)
     with pytest.raises(CheckpointError, match="no grid of 56 px tiles"):
         load_config(edit("preprocessor_config.json", image_grid_pinpoints=[[56, 100]]))
+
+
+@pytest.mark.parametrize("in_config", [..., None, []])
+def test_a_checkpoint_without_a_single_pinpoint_is_refused(edit, in_config):
+    edit("config.json", image_grid_pinpoints=in_config)
+    with pytest.raises(CheckpointError, match="lacks image_grid_pinpoints"):
+        load_config(edit("preprocessor_config.json", image_grid_pinpoints=[]))
 
 
 def test_the_pinpoints_of_the_preprocessor_count(edit):
