@@ -13,6 +13,9 @@ from model.layers.ragged import to_device
 
 _MASK = (1 << 64) - 1
 
+# Below it logits divided by the temperature overflow fp32. At it sampling is greedy already.
+_LEAST_TEMPERATURE = 1e-20
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -57,7 +60,7 @@ def choose(logits_NV: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
 def _draw(logits_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Inverse of the distribution function, over the likeliest tokens that make up top_p."""
     settings = torch.tensor(
-        [(d.temperature, d.top_p, d.uniform) for d in draws],
+        [(max(d.temperature, _LEAST_TEMPERATURE), d.top_p, d.uniform) for d in draws],
         dtype=torch.float32,
         pin_memory=logits_NV.is_cuda,
     ).to(logits_NV.device, non_blocking=True)
@@ -67,7 +70,8 @@ def _draw(logits_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
     cumulative_NV = probs_NV.cumsum(dim=-1)
     # The nucleus ends with the token whose probability reaches top_p.
     last_N1 = (cumulative_NV < top_p_N1).sum(dim=-1, keepdim=True)
-    last_N1 = last_N1.clamp(max=logits_NV.shape[1] - 1)
+    # Or with the last possible one: rounded, all of them together may fall short of 1.
+    last_N1 = torch.minimum(last_N1, (probs_NV > 0).sum(dim=-1, keepdim=True) - 1)
     threshold_N1 = uniform_N1 * cumulative_NV.gather(1, last_N1)
     rank_N1 = (cumulative_NV <= threshold_N1).sum(dim=-1, keepdim=True)
     return order_NV.gather(1, torch.minimum(rank_N1, last_N1))[:, 0]

@@ -81,6 +81,23 @@ def test_impossible_tokens_are_never_drawn_and_uniforms_at_the_ends_are_safe():
             assert logprob.item() == pytest.approx(math.log(0.5))
 
 
+def test_rounding_at_the_end_of_the_distribution_draws_no_impossible_token():
+    """The fp32 sum over all tokens may fall short of 1, and a uniform near 1 round to it."""
+    logits = torch.randn(200, 640, generator=torch.Generator().manual_seed(2)) * 2
+    logits[:, 637] = -math.inf
+    draws = [Draw(1.0, 1.0, 1 - 2**-53)] * len(logits)
+    tokens, logprobs = choose(logits, draws)
+    assert not (tokens == 637).any()
+    assert logprobs.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-60])
+def test_a_temperature_of_next_to_nothing_is_greedy(temperature):
+    logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(3)) * 20
+    draws = [Draw(temperature, 1.0, uniform(row, 1)) for row in range(50)]
+    assert torch.equal(choose(logits, draws)[0], logits.argmax(-1))
+
+
 def test_uniforms_depend_on_seed_and_position_alone_and_look_uniform():
     # Values of SplitMix64 do not change between versions, so neither does anyone's text.
     assert uniform(0, 1) == 0.8833108082136426
