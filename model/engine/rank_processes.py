@@ -23,8 +23,9 @@ class RankProcesses:
     """Starts `config.ranks` processes, and waits until all have loaded their layers.
 
     Takes microbatches with `submit` and hands back their tokens with `receive`, in order.
-    Every method raises EngineError once a rank has failed or died, with its exit code and
-    traceback; ConfigError when a rank found the checkpoint or the memory wanting.
+    `receive` raises EngineError once a rank has failed or died, with its exit code and traceback,
+    or the ranks are closed. So does the start, with ConfigError when a rank found the checkpoint
+    or the memory wanting.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -66,6 +67,7 @@ class RankProcesses:
         for rank in self._ranks:
             if not rank.join(deadline - time.monotonic()):
                 rank.kill()
+        self._error = self._error or EngineError("the engine is closed")
         self._closed.set()
         self._folder.cleanup()
 

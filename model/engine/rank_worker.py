@@ -44,7 +44,8 @@ def main() -> None:
 def _inbox(channel: Connection) -> Callable[[], Any]:
     """Takes messages out of the channel at once, so that the coordinator never waits to send.
 
-    Ends the process when the coordinator closes the channel or is no more.
+    Ends the process when the coordinator closes the channel or is no more, and when a message
+    cannot be read.
     """
     messages: SimpleQueue = SimpleQueue()
 
@@ -54,6 +55,9 @@ def _inbox(channel: Connection) -> Callable[[], Any]:
                 messages.put(channel.recv())
         except (EOFError, OSError):
             os._exit(0)
+        except BaseException:
+            channel.send(Failed(traceback.format_exc()))
+            os._exit(1)
 
     threading.Thread(target=read, name="inbox", daemon=True).start()
     return messages.get

@@ -15,6 +15,7 @@ from model.engine.engine import Engine
 from model.engine.memory import Capacity
 from model.engine.microbatch import Microbatch
 from model.engine.plan import Plan, Segment
+from model.engine.rank_processes import RankProcesses
 from schemas.errors import ConfigError, EngineError
 from tests.model.engine.conftest import text_request, tight_memory, token_ids
 
@@ -86,6 +87,19 @@ def test_the_traceback_of_a_failing_rank_reaches_the_caller(checkpoint):
             EngineError, match=r"(?s)rank 0 of 2 .*exit code 1.*Traceback.*KeyError"
         ):
             engine._ranks.receive()
+
+
+def test_a_message_that_a_rank_cannot_read_is_no_hang_and_neither_is_a_closed_engine(checkpoint):
+    with Engine(_config(checkpoint, 2)) as engine:
+        engine.add(text_request("any", 5))
+        assert isinstance(engine._ranks, RankProcesses)
+        engine._ranks._ranks[0]._channel.send_bytes(b"no pickle")
+        with pytest.raises(EngineError, match=r"(?s)rank 0 of 2 .*UnpicklingError"):
+            engine.step()
+    with Engine(_config(checkpoint, 2)) as engine:
+        engine.add(text_request("any", 5))
+    with pytest.raises(EngineError, match="the engine is closed"):
+        engine.step()
 
 
 def test_what_a_rank_finds_wanting_is_a_config_error(checkpoint):
