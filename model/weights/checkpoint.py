@@ -1,6 +1,7 @@
 """Fills a Decoder from a checkpoint: one rank's tensors, streamed, every one accounted for."""
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,12 @@ _REVISION_FILES = (
     "preprocessor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     INDEX,
 )
-_REVISION_TAIL_BYTES = 4096
+_REVISION_TENSOR_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,24 @@ def check_checkpoint(checkpoint: str | Path, *, quantization: Quantization = "in
 def checkpoint_revision(checkpoint: str | Path) -> str:
     """12 hex digits that change with the configuration, the tokenizer, the tensors or their values.
 
-    Of every shard only the last bytes are read, which is enough to tell a fine-tuned or otherwise
-    rewritten checkpoint apart.
+    Of every tensor only some bytes in its middle are read, which is enough to tell a fine-tuned or
+    otherwise rewritten checkpoint apart. Raises CheckpointError as `stored_tensors` does.
     """
     root = Path(checkpoint)
     digest = hashlib.sha256()
-    for path in [*(root / name for name in _REVISION_FILES), *sorted(root.glob("*.safetensors"))]:
+    for path in (root / name for name in _REVISION_FILES):
         if path.exists():
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                if path.suffix == ".safetensors":
-                    file.seek(max(0, size - _REVISION_TAIL_BYTES))
-                digest.update(f"{path.name} {size}\n".encode() + file.read())
+            content = path.read_bytes()
+            digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    in_order = sorted(stored_tensors(root).values(), key=lambda t: (t.path, t.offset))
+    for path, tensors in itertools.groupby(in_order, key=lambda t: t.path):
+        with path.open("rb", buffering=0) as file:
+            for tensor in tensors:
+                size = torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
+                length = min(size, _REVISION_TENSOR_BYTES)
+                file.seek(tensor.offset + (size - length) // 2)
+                digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
+                digest.update(file.read(length))
     return digest.hexdigest()[:12]
 
 
@@ -141,6 +150,8 @@ def _misshapen(sources: Iterable[_Source]) -> Iterator[str]:
                 yield f"{stored.name} {list(stored.shape)}, expected {list(expected)}"
         if (source.data.dtype == torch.int8) != (source.scale is not None):
             yield f"{source.data.name} as {source.data.dtype}"
+        if source.scale is not None and source.scale.dtype == torch.int8:
+            yield f"{source.scale.name} as {source.scale.dtype}"
 
 
 def _refuse(checkpoint: str | Path, what: str, names: Iterable[str]) -> None:

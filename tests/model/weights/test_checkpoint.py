@@ -151,6 +151,14 @@ def test_a_scale_without_data_is_named(checkpoint, tensors, tmp_path):
         check_checkpoint(rewritten(checkpoint, tmp_path, tensors))
 
 
+def test_a_scale_of_whole_numbers_is_named(checkpoint, tensors, tmp_path):
+    name = "language_model.model.layers.0.self_attn.qkv_proj.weight"
+    data, scale = quantize(tensors.pop(name))
+    tensors |= {f"{name}._data": data, f"{name}._scale": scale.to(torch.int8)}
+    with pytest.raises(CheckpointError, match=rf"1 tensors: {name}._scale as torch.int8"):
+        check_checkpoint(rewritten(checkpoint, tmp_path, tensors))
+
+
 def test_a_left_over_tensor_is_named(checkpoint, tensors, tmp_path):
     name = "vision_tower.vision_model.post_layernorm.weight"
     tensors[name] = torch.ones(4)
@@ -204,5 +212,17 @@ def test_the_revision_changes_with_the_checkpoint_and_not_with_its_place(checkpo
     assert checkpoint_revision(copy) == checkpoint_revision(checkpoint)
     (copy / "tokenizer_config.json").write_text("{}")
     assert checkpoint_revision(copy) != checkpoint_revision(checkpoint)
+    shutil.copytree(checkpoint, tmp_path / "extended")
+    (tmp_path / "extended" / "special_tokens_map.json").write_text('{"pad_token": "boat"}')
+    assert checkpoint_revision(tmp_path / "extended") != checkpoint_revision(checkpoint)
     other = write_tiny(tmp_path / "other", seed=1)
     assert checkpoint_revision(other) != checkpoint_revision(checkpoint)
+
+
+@pytest.mark.parametrize("name", [GATE, "language_model.model.embed_tokens.weight"])
+def test_a_tensor_with_other_values_in_the_middle_of_a_shard_is_another_revision(
+    checkpoint, tensors, tmp_path, name
+):
+    before = checkpoint_revision(rewritten(checkpoint, tmp_path / "before", tensors))
+    tuned = tensors | {name: tensors[name] * 1.5}
+    assert checkpoint_revision(rewritten(checkpoint, tmp_path / "tuned", tuned)) != before
