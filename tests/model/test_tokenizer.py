@@ -81,6 +81,14 @@ def test_a_character_cut_short_is_marked_until_its_last_byte_comes(checkpoint):
     assert any(text == "😀" for text in texts)
 
 
+def test_a_chat_template_in_a_file_of_its_own_is_read(checkpoint):
+    expected = Tokenizer.from_checkpoint(checkpoint).prompt_template("Describe it.", SYSTEM)
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    rewrite(checkpoint / "tokenizer_config.json", chat_template=None)
+    (checkpoint / "chat_template.jinja").write_text(settings["chat_template"])
+    assert Tokenizer.from_checkpoint(checkpoint).prompt_template("Describe it.", SYSTEM) == expected
+
+
 def test_a_checkpoint_without_a_chat_template_is_refused(checkpoint):
     rewrite(checkpoint / "tokenizer_config.json", chat_template=None)
     with pytest.raises(CheckpointError, match="no chat template"):
