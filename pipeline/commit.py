@@ -6,6 +6,7 @@ The one place that writes rows. Runs in the process that holds the lease.
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -82,7 +83,12 @@ class Committer:
         return {unit: len(gathered.seen) for unit, gathered in self._gathered.items()}
 
     def _commit(self, unit: int, generated: pa.Table) -> CommitRecord:
-        rows = finish(generated)
+        return self._write(unit, finish(generated), self._ledger.commit)
+
+    def _write(
+        self, unit: int, rows: pa.Table, write: Callable[[CommitRecord, bytes], None]
+    ) -> CommitRecord:
+        """Writes the OUTPUT rows of a unit. Raises LedgerError."""
         part = part_bytes(rows, self._metadata)
         record = CommitRecord(
             unit=unit,
@@ -99,7 +105,7 @@ class Committer:
         )
         self._lease.check()
         try:
-            self._ledger.commit(record, part)
+            write(record, part)
         except Exception as error:  # storage clients raise far more than OSError
             where = self._ledger.output
             raise LedgerError(f"cannot commit unit {unit} to {where}: {error}") from error

@@ -4,11 +4,13 @@
     OUT/_vl01/job.json                the job and its fingerprint; written last, seals the plan
     OUT/_vl01/plan.parquet            the units, and the schema of the kept columns
     OUT/_vl01/commits/000000123.json  unit 123 is done
+    OUT/_vl01/replacing/              records of parts that are being replaced
     OUT/_vl01/tmp/                    unfinished files (on a disk; object stores need none)
 
 Every file appears whole or not at all. Who may write is for lease.py.
 """
 
+import hashlib
 import json
 import re
 import tempfile
@@ -213,9 +215,11 @@ class Ledger:
                 yield int(match[1])
 
     def clean_up(self) -> None:
-        """Removes unfinished files, and parts that have no record. Only for who has the lease."""
+        """Removes unfinished files and parts that have no record, and brings replacements that
+        were cut short to their end. Only for who has the lease."""
         for name in list_flat(self.fs, self._path("tmp")):
             self.fs.rm_file(self._path(f"tmp/{name}"))
+        self._settle_replacements()
         done = self.committed()
         for unit in list(self.parts()):
             if unit >= len(done) or not done[unit]:
@@ -228,6 +232,35 @@ class Ledger:
         write_whole(self.fs, self.part_path(record.unit), part, self._path("tmp"))
         self.write(f"commits/{record.unit:09}.json", record.to_json())
         self.committed()[record.unit] = True
+
+    def replace(self, record: CommitRecord, part: bytes) -> None:
+        """Writes the part of a committed unit anew, under its name: a reader never sees a row
+        twice or not at all. While it changes, one record describes the old part and one, in
+        `replacing`, the new: the part itself shows which of the two is true.
+        """
+        name = f"{record.unit:09}.json"
+        make_folder(self.fs, self._path("replacing"))
+        self.write(f"replacing/{name}", record.to_json())
+        write_whole(self.fs, self.part_path(record.unit), part, self._path("tmp"))
+        self.write(f"commits/{name}", record.to_json())
+        self.remove(f"replacing/{name}")
+
+    def replacement(self, unit: int) -> CommitRecord | None:
+        """The new record of a unit whose replacement was cut short after its part was written."""
+        name = f"replacing/{unit:09}.json"
+        try:
+            record = CommitRecord.from_json(self.read(name), self._path(name))
+            part = self.read_part(unit)
+        except FileNotFoundError:
+            return None
+        return record if hashlib.sha256(part).hexdigest() == record.sha256 else None
+
+    def _settle_replacements(self) -> None:
+        for name in list(list_flat(self.fs, self._path("replacing"))):
+            if match := _RECORD.fullmatch(name):
+                if record := self.replacement(int(match[1])):
+                    self.write(f"commits/{name}", record.to_json())
+                self.remove(f"replacing/{name}")
 
     def record(self, unit: int) -> CommitRecord:
         """Raises LedgerError when it is damaged, FileNotFoundError when it is not there."""
@@ -249,6 +282,11 @@ class Ledger:
 
     def part_path(self, unit: int) -> str:
         return f"{self.root}/{self.part_name(unit)}"
+
+    def read_part(self, unit: int) -> bytes:
+        """Raises FileNotFoundError."""
+        data: Any = patiently(lambda: self.fs.cat_file(self.part_path(unit)))
+        return data
 
     def read(self, name: str) -> bytes:
         """A file of _vl01. Raises FileNotFoundError."""

@@ -159,7 +159,7 @@ def planned_row_ids(unit: Unit) -> list[str] | None:
 
 
 def plan_table(units: Sequence[Unit]) -> pa.Table:
-    """Units as rows in the PLAN schema."""
+    """Units as rows in the PLAN schema; what only a retry knows is left out."""
     values = {
         "unit": [unit.number for unit in units],
         "kind": [unit.kind.value for unit in units],
@@ -171,8 +171,15 @@ def plan_table(units: Sequence[Unit]) -> pa.Table:
 
 
 def units_of(table: pa.Table) -> Iterator[Unit]:
-    """The units that `plan_table` made a table of."""
+    """The units that a table in the PLAN or RETRY_PLAN schema tells of."""
     for row in table.to_pylist():
+        only, but = row.get("only"), row.get("but")
         yield Unit(
-            row["unit"], UnitKind(row["kind"]), tuple(row["names"]), row["first_row"], row["rows"]
+            number=row["unit"],
+            kind=UnitKind(row["kind"]),
+            names=tuple(row["names"]),
+            first_row=row["first_row"],
+            rows=row["rows"],
+            only=None if only is None else frozenset(only),
+            but=frozenset(but or ()),
         )

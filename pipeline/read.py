@@ -10,9 +10,10 @@ import pyarrow as pa
 
 from pipeline.formats.images import image_rows
 from pipeline.formats.parquet import parquet_rows
-from pipeline.formats.row import TABLE_BYTES, TABLE_ROWS, ReadSettings, Row
+from pipeline.formats.row import TABLE_BYTES, TABLE_ROWS, ReadSettings, Row, row_error
 from pipeline.formats.tar import tar_rows
 from pipeline.plan import row_id, units_of
+from schemas.errors import Reason
 from schemas.ledger import Unit, UnitKind
 from schemas.rows import INPUT, with_kept
 
@@ -35,7 +36,7 @@ def read_unit(unit: Unit, settings: ReadSettings) -> Iterator[pa.Table]:
     """
     rows: list[tuple[Row, float]] = []
     first, size = 0, 0
-    for row, seconds in _timed(_ROWS[unit.kind](unit, settings)):
+    for row, seconds in _timed(_wanted_rows(unit, settings)):
         more = len(row.data or b"")
         if rows and (len(rows) == TABLE_ROWS or size + more > TABLE_BYTES):
             yield _table(rows, unit, first, None, settings)
@@ -44,6 +45,18 @@ def read_unit(unit: Unit, settings: ReadSettings) -> Iterator[pa.Table]:
         rows.append((row, seconds))
         size += more
     yield _table(rows, unit, first, first + len(rows), settings)
+
+
+def _wanted_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
+    """All rows of a unit, or in a retry those that are done again."""
+    none = True
+    for row in _ROWS[unit.kind](unit, settings):
+        if unit.wants(row_id(row.name, row.member)):
+            yield row
+            none = False
+    if none:
+        error = row_error(Reason.EMPTY_SOURCE, "no row that is to be done again is in it any more")
+        yield Row(unit.names[0], None, error=error)
 
 
 def _timed(rows: Iterator[Row]) -> Iterator[tuple[Row, float]]:

@@ -144,7 +144,7 @@ def _check(ledger: Ledger, unit: Unit, deep: bool) -> _Checked:
     record = None
     try:
         record = ledger.record(unit.number)
-        ids = _row_ids(ledger, record, deep)
+        record, ids = _recorded_ids(ledger, record, deep)
     except Exception as error:  # missing, cut, unreadable: of many classes
         missing = unit.rows or (record.rows if record else 0)
         return _Checked(unit.number, record, b"", missing, " ".join(str(error).split()))
@@ -159,6 +159,18 @@ def _check(ledger: Ledger, unit: Unit, deep: bool) -> _Checked:
             f"{absent} missing, {foreign} that were not planned"
         )
     return _Checked(unit.number, record, _heads(ids), absent, problem)
+
+
+def _recorded_ids(
+    ledger: Ledger, record: CommitRecord, deep: bool
+) -> tuple[CommitRecord, list[str]]:
+    """The row ids of a part, and its true record: another one where a retry was cut short."""
+    try:
+        return record, _row_ids(ledger, record, deep)
+    except ValueError:
+        if replacement := ledger.replacement(record.unit):
+            return replacement, _row_ids(ledger, replacement, deep)
+        raise
 
 
 def _row_ids(ledger: Ledger, record: CommitRecord, deep: bool) -> list[str]:
@@ -197,7 +209,7 @@ def _doubled(ledger: Ledger, done: np.ndarray, heads: array) -> dict[str, list[i
     units: dict[str, list[int]] = {}
     for unit in np.flatnonzero(done).tolist():
         try:
-            ids = _row_ids(ledger, ledger.record(unit), deep=False)
+            _, ids = _recorded_ids(ledger, ledger.record(unit), deep=False)
         except Exception:  # already told by _check
             continue
         mine = np.frombuffer(_heads(ids), np.uint64)

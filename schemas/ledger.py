@@ -24,6 +24,7 @@ class Unit:
     first_row, rows: of the Parquet file; rows is the count of names for IMAGES. It is None where
     only reading tells: for a tar, and for a Parquet file that could not be planned (damaged, no
     image column, no rows), which is read again as a whole and, if it still cannot be, is one row.
+    only, but: row ids, in a retry: the rows to do again, and the rows to leave as they are.
     """
 
     number: int
@@ -31,6 +32,11 @@ class Unit:
     names: tuple[str, ...]
     first_row: int = 0
     rows: int | None = None
+    only: frozenset[str] | None = None
+    but: frozenset[str] = frozenset()
+
+    def wants(self, row_id: str) -> bool:
+        return (self.only is None or row_id in self.only) and row_id not in self.but
 
 
 PLAN = pa.schema(
@@ -42,6 +48,10 @@ PLAN = pa.schema(
         ("rows", pa.int64()),
     ]
 )
+
+
+# Of a retry: the rows of the planned units that are done again.
+RETRY_PLAN = pa.schema([*PLAN, ("only", pa.list_(pa.string())), ("but", pa.list_(pa.string()))])
 
 
 @dataclass(frozen=True)

@@ -8,4 +8,4 @@ from schemas.ledger import Unit
 
 def image_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
     for name in unit.names:
-        yield read_row(name, None, lambda name=name: read_file(settings, name))
+        yield read_row(unit, name, None, lambda name=name: read_file(settings, name))

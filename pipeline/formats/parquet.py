@@ -35,7 +35,7 @@ def parquet_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
     row, error = unit.first_row, None
     end = None if unit.rows is None else unit.first_row + unit.rows
     try:
-        for found in _rows_of_file(name, row, end, settings):
+        for found in _rows_of_file(unit, row, end, settings):
             yield found
             row += 1
     except RowError as caught:
@@ -48,8 +48,9 @@ def parquet_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
         yield Row(name, None, error=error or row_error(Reason.EMPTY_SOURCE, "it holds no rows"))
 
 
-def _rows_of_file(name: str, first: int, end: int | None, settings: ReadSettings) -> Iterator[Row]:
+def _rows_of_file(unit: Unit, first: int, end: int | None, settings: ReadSettings) -> Iterator[Row]:
     """Rows first to end, as far as they can be read; then raises RowError."""
+    (name,) = unit.names
     fs, path = settings.source.fs, settings.source.path(name)
     file = None
     try:
@@ -66,7 +67,7 @@ def _rows_of_file(name: str, first: int, end: int | None, settings: ReadSettings
                 [column, *(n for n in settings.kept.names if n in schema.names)]
             )
             for row, batch in _batches(parquet, list(columns), first, end):
-                yield from _rows_of_batch(name, row, batch, column, settings)
+                yield from _rows_of_batch(unit, row, batch, column, settings)
     except Exception as error:  # pyarrow's errors are of many classes
         raise blame(error, file) from error
 
@@ -95,12 +96,13 @@ def _batches(
 
 
 def _rows_of_batch(
-    name: str, first: int, batch: pa.RecordBatch, column: str, settings: ReadSettings
+    unit: Unit, first: int, batch: pa.RecordBatch, column: str, settings: ReadSettings
 ) -> Iterator[Row]:
+    (name,) = unit.names
     images = batch.column(column)
     kept = kept_columns(batch, settings.kept)
     for i in range(batch.num_rows):
-        row = read_row(name, str(first + i), lambda i=i: _image(images[i], name, settings))
+        row = read_row(unit, name, str(first + i), lambda i=i: _image(images[i], name, settings))
         yield row._replace(kept=kept.slice(i, 1))
 
 

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from pipeline.plan import row_id
 from pipeline.sources import Source
 from pipeline.storage import PatientFile, as_text, patiently
 from schemas.errors import Reason, RowError
+from schemas.ledger import Unit
 
 STREAM_BYTES = 8 * 1024**2  # of a large file, asked for at once
 TABLE_ROWS = 16
@@ -31,7 +33,8 @@ class ReadSettings:
 
 
 class Row(NamedTuple):
-    """A row before it has its place in the unit: `data` or `error`; kept: one row, if any."""
+    """A row before it has its place in the unit: `data` or `error`, or neither where the unit does
+    not want it; kept: one row, if any."""
 
     name: str
     member: str | None
@@ -40,8 +43,10 @@ class Row(NamedTuple):
     kept: pa.Table | None = None
 
 
-def read_row(name: str, member: str | None, read: Callable[[], bytes]) -> Row:
+def read_row(unit: Unit, name: str, member: str | None, read: Callable[[], bytes]) -> Row:
     """The row that `read` has the bytes of, or the RowError it raises."""
+    if not unit.wants(row_id(name, member)):
+        return Row(name, member)
     try:
         return Row(name, member, read())
     except RowError as error:

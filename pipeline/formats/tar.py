@@ -50,7 +50,9 @@ def tar_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
                     seen[text] += 1
                     # A tar may hold a name twice; a row id, made from the name, may not come twice.
                     shown = text if seen[text] == 1 else f"{text}#{seen[text]}"
-                    yield read_row(name, shown, lambda m=member: _read(tar, m, settings.max_bytes))
+                    yield read_row(
+                        unit, name, shown, lambda m=member: _read(tar, m, settings.max_bytes)
+                    )
     except Exception as caught:  # damaged headers make tarfile raise errors of many classes
         error = blame(caught, file)
     if error is None and not seen:
