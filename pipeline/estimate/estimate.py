@@ -1,0 +1,125 @@
+"""The whole plan of a run on one screen: check, list, sample, and reckon what it will take."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+from model.inputs.images import DecodeLimits
+from model.weights.checkpoint import checkpoint_revision
+from pipeline.estimate.gpus import engine_config, memory_estimate
+from pipeline.estimate.headers import HeaderReader
+from pipeline.estimate.sample import Survey, survey
+from pipeline.estimate.spread import spread
+from pipeline.estimate.throughput import find_throughput, time_estimate
+from pipeline.ledger import Ledger
+from pipeline.model import Model, open_model
+from pipeline.plan import Plan, units_of
+from pipeline.read import ReadSettings
+from pipeline.sources import Source, open_source
+from schemas.errors import Reason
+from schemas.estimate import Assumptions, Estimate, MemoryEstimate, RowsEstimate, Spread
+from schemas.job import Job
+from schemas.ledger import Unit, UnitKind
+
+_GIB = 1024**3
+
+
+def estimate(job: Job, assumptions: Assumptions) -> Estimate:
+    """What a run of this job would do now. Writes nothing, starts nothing.
+
+    Raises ConfigError for all that would stop that run later, as far as this machine can tell.
+    """
+    model = open_model(job)
+    source = open_source(job.source, job.endpoint_url)
+    ledger = Ledger(job.output, job.endpoint_url)
+    ledger.check()
+    resumes = ledger.resume(job.fingerprint(checkpoint_revision(job.model)))
+    units = _pending(ledger) if resumes else _planned(source, job)
+    kinds = survey(units, _header_reader(job, source, model))
+    tiles, prompts, reasons = _reckon(job, model, kinds)
+    usable = sum(weight for _, weight in prompts)
+    tokens = spread(prompts)
+    throughput = find_throughput(job, ledger if resumes else None, assumptions)
+    return Estimate(
+        source=source.address,
+        output=ledger.output,
+        units=sum(kind.units for kind in kinds.values()),
+        units_done=int(ledger.committed().sum()) if resumes else 0,
+        rows={name.value: _rows(kind) for name, kind in kinds.items()},
+        exact=all(kind.whole for kind in kinds.values()),
+        reasons={reason: round(count) for reason, count in reasons.items()},
+        tiles=spread(tiles),
+        prompt_tokens=tokens,
+        memory=_memory(job, model, tokens, usable, assumptions),
+        throughput=throughput,
+        time=throughput and time_estimate(throughput, tokens.total, usable, job, assumptions),
+        assumptions=assumptions,
+    )
+
+
+def _planned(source: Source, job: Job) -> Iterator[Unit]:
+    """The units of a first run. Raises ConfigError: nothing usable, columns that cannot be kept."""
+    plan = Plan(source, job.unit_rows, job.image_column, job.keep)
+    yield from plan.units()
+    plan.kept()
+
+
+def _pending(ledger: Ledger) -> Iterator[Unit]:
+    """The units that earlier runs on this output have left."""
+    for units in ledger.pending():
+        yield from units_of(units)
+
+
+def _header_reader(job: Job, source: Source, model: Model) -> HeaderReader:
+    vision = model.config.vision
+    return HeaderReader(
+        read=ReadSettings(source, job.max_bytes, job.image_column),
+        limits=DecodeLimits(job.max_pixels, job.max_bytes, job.decode_seconds),
+        exif_rotate=job.exif_rotate,
+        pinpoints=model.config.pinpoints,
+        tile=vision.image_size,
+        patch=vision.patch_size,
+    )
+
+
+_Weighted = list[tuple[int, float]]  # a count of a row, and how many rows it stands for
+
+
+def _reckon(
+    job: Job, model: Model, kinds: Mapping[UnitKind, Survey]
+) -> tuple[_Weighted, _Weighted, dict[str, float]]:
+    """Tiles and prompt tokens of the rows that will be answered, reasons of those that fail."""
+    longest = model.config.text.max_position_embeddings - job.max_new_tokens
+    words = len(model.template.prefix_ids) + len(model.template.suffix_ids)
+    tiles, prompts = [], []
+    reasons: defaultdict[str, float] = defaultdict(float)
+    for what, weight in (seen for kind in kinds.values() for seen in kind.seen):
+        if isinstance(what, Reason):
+            reasons[what.value] += weight
+        elif words + what.tokens > longest:
+            reasons[Reason.PROMPT_TOO_LONG.value] += weight
+        else:
+            tiles.append((what.tiles, weight))
+            prompts.append((words + what.tokens, weight))
+    return tiles, prompts, reasons
+
+
+def _rows(kind: Survey) -> RowsEstimate:
+    return RowsEstimate(
+        units=kind.units,
+        rows=round(kind.rows),
+        rows_known=kind.rows_known,
+        headers=len(kind.seen),
+        failed=round(sum(weight for what, weight in kind.seen if isinstance(what, Reason))),
+    )
+
+
+def _memory(
+    job: Job, model: Model, tokens: Spread, usable: float, assumptions: Assumptions
+) -> MemoryEstimate | None:
+    """None on CPU. Raises ConfigError when the GPUs asked for are too small."""
+    engine = engine_config(job)
+    if not engine.on_cuda:
+        return None
+    prompt = tokens.total / usable if usable else 0
+    gpu_bytes = int(assumptions.gpu_memory_gib * _GIB)
+    return memory_estimate(model.config, engine, gpu_bytes, prompt + job.max_new_tokens)

@@ -1,0 +1,133 @@
+"""Whether a replica fits its GPUs, and how many sequences then run at once. Asks no GPU."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from model.config import TextConfig, VL01Config
+from model.engine.config import EngineConfig
+from model.engine.memory import Capacity, Room, share_out
+from model.engine.ranks import layer_spans
+from model.engine.sequence import blocks_for
+from model.layers.memory import block_bytes, slot_bytes
+from model.layers.ragged import BLOCK_TOKENS
+from model.weights.names import checkpoint_tensors
+from schemas.errors import ConfigError
+from schemas.estimate import MemoryEstimate
+from schemas.job import Job
+
+_GIB = 1024**3
+# CUDA's context and the kernels 1 GiB; NCCL's buffers and fragmentation another.
+_RUNTIME_BYTES = 2 * _GIB
+_LOGITS_COPIES = 6  # fp32 logits, and what sampling makes of them: softmax, sorted, indices, sums
+
+
+def engine_config(job: Job) -> EngineConfig:
+    """As a run on GPUs (or on CPUs, if that is asked for) sets it up. Raises ConfigError."""
+    on_cpu = job.device == "cpu"
+    return EngineConfig(
+        checkpoint=job.model,
+        ranks=job.pp,
+        device="cpu" if on_cpu else "cuda",
+        dtype=job.dtype,
+        quantization=job.quantization,
+        chunk_tokens=job.chunk_tokens or (2048 if on_cpu else 8192),
+        max_sequences=job.max_sequences,
+        cache_bytes=None if job.cache_gib is None else int(job.cache_gib * _GIB),
+    )
+
+
+def memory_estimate(
+    model: VL01Config, engine: EngineConfig, gpu_bytes: int, sequence_tokens: float
+) -> MemoryEstimate:
+    """One replica on GPUs of `gpu_bytes`, with sequences of `sequence_tokens` on average.
+
+    Raises ConfigError when weights and states do not fit, naming how many ranks would do.
+    """
+    ranks = _ranks(model, engine, engine.ranks)
+    capacity = _capacity(ranks, engine, gpu_bytes)
+    if capacity is None:
+        raise ConfigError(_too_small(model, engine, gpu_bytes))
+    blocks = blocks_for(max(1, round(sequence_tokens)))
+    return MemoryEstimate(
+        gpus=engine.ranks,
+        gpu=gpu_bytes,
+        weights=max(rank.weights for rank in ranks),
+        reserve=max(rank.reserve for rank in ranks),
+        sequence=max(rank.slot for rank in ranks),
+        token=max(rank.block for rank in ranks) // BLOCK_TOKENS,
+        sequences=max(1, min(capacity.slots, capacity.blocks // blocks)),
+    )
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """Bytes: of the weights, of what computing takes, of one slot and one block."""
+
+    weights: int
+    reserve: int
+    slot: int
+    block: int
+
+
+def _ranks(model: VL01Config, engine: EngineConfig, count: int) -> list[_Rank]:
+    spans = layer_spans(model.text.num_layers, count)
+    dtype = engine.torch_dtype
+    return [
+        _Rank(
+            weights=_weight_bytes(model, span, engine.quantization == "int8", dtype),
+            reserve=_reserve(model.text, engine, is_last=span is spans[-1]),
+            slot=slot_bytes(model.text, span),
+            block=block_bytes(model.text, span, dtype),
+        )
+        for span in spans
+    ]
+
+
+def _weight_bytes(model: VL01Config, span: range, int8: bool, dtype: torch.dtype) -> int:
+    total = 0
+    for entry in checkpoint_tensors(model, span):
+        if entry.quantized and int8:
+            total += prod(entry.shape) + entry.shape[0] * torch.bfloat16.itemsize  # and the scales
+        else:
+            total += prod(entry.shape) * dtype.itemsize
+    return total
+
+
+def _reserve(text: TextConfig, engine: EngineConfig, is_last: bool) -> int:
+    """For one microbatch of the largest size: most of it is the experts' input and output."""
+    token = 4 * text.hidden_size
+    token += text.experts_per_token * (2 * text.hidden_size + 3 * text.intermediate_size)
+    needed = _RUNTIME_BYTES + engine.chunk_tokens * token * engine.torch_dtype.itemsize
+    if is_last:
+        needed += engine.most_sequences * text.vocab_size * 4 * _LOGITS_COPIES
+    return needed
+
+
+def _capacity(ranks: list[_Rank], engine: EngineConfig, gpu_bytes: int) -> Capacity | None:
+    """None when not even one sequence fits."""
+    rooms = []
+    for rank in ranks:
+        free = gpu_bytes - rank.weights - rank.reserve
+        rooms.append(Room(min(engine.cache_bytes or free, free), rank.slot, rank.block))
+    try:
+        return share_out(rooms, engine.most_sequences, engine.tokens_per_sequence)
+    except ConfigError:
+        return None
+
+
+def _too_small(model: VL01Config, engine: EngineConfig, gpu_bytes: int) -> str:
+    ranks = _ranks(model, engine, engine.ranks)
+    fullest = max(ranks, key=lambda rank: rank.weights + rank.reserve)
+    more = range(engine.ranks + 1, model.text.num_layers + 1)
+    enough = next((n for n in more if _capacity(_ranks(model, engine, n), engine, gpu_bytes)), None)
+    advice = (
+        f"--pp {enough} would do" if enough else "larger GPUs or --quantization int8 are needed"
+    )
+    cache = " and --cache-gib allows for them" if engine.cache_bytes else ""
+    return (
+        f"a GPU of {gpu_bytes / _GIB:,.0f} GiB (--gpu-memory-gib) is too small: with --pp "
+        f"{engine.ranks} a rank has {fullest.weights / _GIB:,.1f} GiB of weights, computing takes "
+        f"{fullest.reserve / _GIB:,.1f} GiB, and one sequence must fit beside them{cache}; {advice}"
+    )

@@ -1,0 +1,105 @@
+"""A sample of the source: each unit is counted, a few of each kind are looked into.
+
+What is looked into is a cluster: an image file, a tar, or a slice of a Parquet file. A kind with
+few clusters is looked into whole. Holds the sample alone, whatever the size of the source.
+"""
+
+import random
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from model.inputs.tiling import Layout
+from pipeline.estimate.headers import Cluster, HeaderReader
+from schemas.errors import Reason
+from schemas.ledger import Unit, UnitKind
+
+HEADERS = 1024  # of each kind: the mean of the tokens then errs by 1.5%, one standard error
+_CLUSTERS = {UnitKind.IMAGES: HEADERS, UnitKind.TAR: 64, UnitKind.PARQUET: 64}
+# Parquet images are read whole, sixteen at a time; of the others the headers alone.
+_THREADS = {UnitKind.IMAGES: 32, UnitKind.TAR: 32, UnitKind.PARQUET: 2}
+_SEED = 0
+
+
+class Seen(NamedTuple):
+    """One row that was looked at, and how many rows of the source it stands for."""
+
+    what: Layout | Reason
+    weight: float
+
+
+@dataclass
+class Kind:
+    """The units of one kind. rows: as far as planning counted them."""
+
+    most: int
+    units: int = 0
+    rows: int = 0
+    clusters: int = 0
+    kept: list[Unit | str] = field(default_factory=list)  # a name is an image file
+    _random: random.Random = field(default_factory=lambda: random.Random(_SEED))
+
+    def add(self, cluster: Unit | str) -> None:
+        """Each cluster is kept with the same probability, in one pass (reservoir sampling)."""
+        self.clusters += 1
+        if self.clusters <= self.most:
+            self.kept.append(cluster)
+        elif (place := self._random.randrange(self.clusters)) < self.most:
+            self.kept[place] = cluster
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The rows of one kind: how many, which were seen, and whether that is all of them."""
+
+    units: int
+    rows: float
+    rows_known: bool
+    seen: list[Seen]
+    whole: bool
+
+
+def survey(units: Iterable[Unit], headers: HeaderReader) -> dict[UnitKind, Survey]:
+    """Looks into a sample of the units. Raises what iterating over them raises."""
+    kinds = _count(units)
+    return {kind: _survey(kind, found, headers) for kind, found in kinds.items() if found.units}
+
+
+def _count(units: Iterable[Unit]) -> dict[UnitKind, Kind]:
+    kinds = {kind: Kind(most) for kind, most in _CLUSTERS.items()}
+    for unit in units:
+        kind = kinds[unit.kind]
+        kind.units += 1
+        kind.rows += unit.rows or 1
+        for cluster in unit.names if unit.kind is UnitKind.IMAGES else (unit,):
+            kind.add(cluster)
+    return kinds
+
+
+def _survey(name: UnitKind, kind: Kind, headers: HeaderReader) -> Survey:
+    most_rows = max(1, HEADERS // len(kind.kept))
+    with ThreadPoolExecutor(_THREADS[name]) as pool:
+        clusters = list(pool.map(lambda c: headers.look_into(_as_unit(c), most_rows), kind.kept))
+    all_kept = kind.clusters == len(kind.kept)
+    counted = sum(cluster.rows for cluster in clusters)
+    rows_known = name is not UnitKind.TAR or (all_kept and all(c.counted for c in clusters))
+    if all_kept:
+        rows = counted
+    elif rows_known:
+        rows = float(kind.rows)
+    else:
+        rows = counted / len(clusters) * kind.clusters
+    seen = list(_weigh(clusters, rows / counted))
+    whole = all_kept and all(len(cluster.seen) == cluster.rows for cluster in clusters)
+    return Survey(kind.units, rows, rows_known, seen, whole)
+
+
+def _weigh(clusters: list[Cluster], scale: float) -> Iterator[Seen]:
+    for cluster in clusters:
+        for what in cluster.seen:
+            yield Seen(what, cluster.rows / len(cluster.seen) * scale)
+
+
+def _as_unit(cluster: Unit | str) -> Unit:
+    return cluster if isinstance(cluster, Unit) else Unit(0, UnitKind.IMAGES, (cluster,), 0, 1)

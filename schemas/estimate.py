@@ -1,0 +1,101 @@
+"""What `vl01 plan` foretells of a run: its rows, tiles and tokens, its memory, time and price."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan cannot find out by itself.
+
+    tokens_per_second: read and written, by all replicas together; None: from the last run.
+    """
+
+    gpu_memory_gib: float = 80.0
+    gpu_hour_price: float | None = None
+    tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True)
+class RowsEstimate:
+    """The rows of one kind of unit that are still to do.
+
+    rows_known: counted, not estimated from a sample. headers: of how many the header was read.
+    failed: have no usable image, as far as headers tell.
+    """
+
+    units: int
+    rows: int
+    rows_known: bool
+    headers: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of a count per row, over the rows whose image is usable."""
+
+    median: int
+    p95: int
+    total: int
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """One replica on its GPUs, in bytes; of the rank that has the most of each.
+
+    reserve: for computing one microbatch, and what CUDA and NCCL take. sequence: the states of one
+    sequence. token: its K/V, for each token. sequences: of the mean length, that run at once.
+    """
+
+    gpus: int
+    gpu: int
+    weights: int
+    reserve: int
+    sequence: int
+    token: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """tokens_per_second: read and written, by `gpus` GPUs together. origin: who says so, in words.
+
+    output_tokens: written for a row; a mean, or the most there can be.
+    """
+
+    tokens_per_second: float
+    output_tokens: float
+    origin: str
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """gpu_hours and price: None where no GPU is used, or its price is not known."""
+
+    seconds: float
+    gpu_hours: float | None
+    price: float | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """units: still to do; units_done: committed by earlier runs on this output.
+
+    rows: by kind of unit. exact: every header was read, so that only damage behind the headers is
+    not foretold. reasons: of the rows that will fail. memory: None when the run is asked to use no
+    GPU. time: None when no throughput is known.
+    """
+
+    source: str
+    output: str
+    units: int
+    units_done: int
+    rows: dict[str, RowsEstimate]
+    exact: bool
+    reasons: dict[str, int]
+    tiles: Spread
+    prompt_tokens: Spread
+    memory: MemoryEstimate | None = None
+    throughput: Throughput | None = None
+    time: TimeEstimate | None = None
+    assumptions: Assumptions = field(default_factory=Assumptions)
