@@ -41,7 +41,9 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantization: Quantization = "int8"
-    chunk_tokens: int = 8192
+    # On an H100 the experts take 1.43 us a token at 8,192 tokens, 1.31 at 16,384; 32,768 are no
+    # faster.
+    chunk_tokens: int = 16384
     max_sequences: int | None = None
     cache_bytes: int | None = None
     tokens_per_sequence: int = 4096
