@@ -76,23 +76,22 @@ def bench_slice(
     from dataclasses import replace
 
     from jobs.bench import report
-    from jobs.bench.slice import SliceSettings, measure_all, open_slice
+    from jobs.bench.slice import SliceSettings, open_slice
     from jobs.bench.workloads import WORKLOADS
 
     chosen = list(WORKLOADS.values()) if workload == "all" else [WORKLOADS[workload]]
     other = {"requests": requests, "prompt": prompt, "new": new}
     if changes := {name: value for name, value in other.items() if value}:
-        base = chosen[-1] if workload == "all" else chosen[0]
-        chosen = [replace(base, name="yours", what="requests", **changes)]
+        chosen = [replace(chosen[-1], name="yours", what="requests", **changes)]
     settings = SliceSettings(
         layers, str(width), str(device), chunk_tokens, repeat, plain, not no_profile
     )
     measured = []
     with open_slice(settings) as opened:
         report.show_device(opened.device, opened.ceilings)
-        for measurement in measure_all(opened, chosen):
-            report.show(measurement, opened.ceilings)
-            measured.append(measurement)
+        for each in chosen:
+            measured.append(opened.measure(each))
+            report.show(measured[-1], opened.ceilings)
             if json_file:
                 numbers = report.as_json(settings, opened.device, opened.ceilings, measured)
                 json_file.write_text(json.dumps(numbers, indent=2))

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -146,10 +146,6 @@ def open_slice(settings: SliceSettings) -> Iterator[Slice]:
         opened = Slice(settings, Path(folder))
         with opened.engine:
             yield opened
-
-
-def measure_all(opened: Slice, workloads: Iterable[Workload]) -> Iterator[Measurement]:
-    return (opened.measure(workload) for workload in workloads)
 
 
 def _peak_bytes(device: torch.device) -> int:
