@@ -17,6 +17,7 @@ from model.engine.config import EngineConfig
 from model.engine.engine import Engine
 from model.layers.dispatch import plain_layers
 from model.nano.random_checkpoint import RELEASED_SIZES, NanoSizes, write_configuration
+from schemas.errors import ConfigError
 
 # "tiny" runs anywhere in seconds: to try the command, not to measure.
 WIDTHS = {"released": RELEASED_SIZES, "tiny": NanoSizes(vocab_size=640, intermediate_size=96)}
@@ -75,7 +76,7 @@ class Measurement:
 class Slice:
     """An engine over a slice, ready to be measured; `ceilings` are those of its device.
 
-    Raises ConfigError when the device cannot hold it.
+    Raises ConfigError when there is no GPU for the released width, or not enough memory.
     """
 
     def __init__(self, settings: SliceSettings, folder: Path) -> None:
@@ -87,6 +88,12 @@ class Slice:
             chunk_tokens=settings.chunk_tokens,
             random_weights=True,
         )
+        if settings.width == "released" and not self._config.on_cuda:
+            raise ConfigError(
+                "a slice at the released width takes a GPU with 80 GB, and this machine has none; "
+                "--width tiny tries the command on a CPU"
+            )
+        self._config.check_devices()
         self._settings = settings
         self.model: VL01Config = load_config(folder)
         self.device = self._config.rank_device(0)

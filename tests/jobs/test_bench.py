@@ -39,6 +39,13 @@ def test_a_slice_that_does_not_exist_is_wrong_usage(capsys):
     assert "coco640x480" in capsys.readouterr().err
 
 
+def test_the_full_width_is_refused_where_it_would_take_all_memory(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "slice", "--device", "cpu"])
+    assert ended.value.code == 2
+    assert "--width tiny" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
     folder = tmp_path_factory.mktemp("released")
