@@ -34,6 +34,7 @@ class Placement:
     ranks: int
     replicas: int
     prepare_workers: int
+    prepare_cpus: float  # of a worker; together they leave a core for what comes before them
     threads: int | None  # of a rank on CPU
     max_sequences: int | None  # in flight in a replica; None: as many as its memory holds
     chunk_tokens: int  # computed together by a replica
@@ -128,11 +129,13 @@ def place(job: Job) -> Placement:
     max_sequences = job.max_sequences or (None if on_gpu else CPU_SEQUENCES)
     batch_rows = -(-(max_sequences or GPU_SEQUENCES) // CALLS_PER_SEQUENCES)
     cores = int(resources.get("CPU", 1))
+    prepare_workers = job.prepare_workers or _prepare_workers(on_gpu, cores, job)
     return Placement(
         device="cuda" if on_gpu else "cpu",
         ranks=job.pp,
         replicas=job.replicas,
-        prepare_workers=job.prepare_workers or _prepare_workers(on_gpu, cores, job),
+        prepare_workers=prepare_workers,
+        prepare_cpus=_prepare_cpus(cores, prepare_workers),
         threads=None if on_gpu else max(1, cores // (job.pp * job.replicas)),
         max_sequences=max_sequences,
         chunk_tokens=job.chunk_tokens or (8192 if on_gpu else 2048),
@@ -144,6 +147,13 @@ def place(job: Job) -> Placement:
 def _prepare_workers(on_gpu: bool, cores: int, job: Job) -> int:
     """All cores but one, which reads; on CPU the model needs them more: one per replica."""
     return max(1, cores - 1) if on_gpu else min(job.replicas, max(1, cores - 1))
+
+
+def _prepare_cpus(cores: int, workers: int) -> float:
+    """What Ray counts for each: less than a core where they are many, so that one is left for the
+    tasks that cut and read units: those would wait for ever.
+    """
+    return min(1.0, (cores - 1) * 1000 // workers / 1000)
 
 
 def _check_gpus(job: Job, gpus: int) -> None:

@@ -22,7 +22,7 @@ from pipeline.generate import Generate, GenerateSettings
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.model import Model, open_model
-from pipeline.placement import READ_CPUS, Placement, configure_ray_data, place, ray_session
+from pipeline.placement import Placement, configure_ray_data, place, ray_session
 from pipeline.plan import Plan
 from pipeline.prepare import BLOCK_BYTES, Prepare, PrepareSettings
 from pipeline.progress import Progress
@@ -34,8 +34,9 @@ from schemas.job import Job
 from schemas.ledger import PLAN
 from schemas.report import Summary
 
+READ_CPUS = 0.25  # reading waits for storage: four reads share a core
 PREPARE_ROWS = 8
-REPLICA_RETRIES = 5  # of a batch whose replica died under it, before the run stops
+RETRIES = 5  # of a batch whose worker or replica died under it, before the run stops
 
 
 def run(job: Job) -> Summary:
@@ -119,6 +120,7 @@ class Flow:
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=self.place.prepare_workers),
             num_cpus=self.place.prepare_cpus,
+            max_task_retries=RETRIES,
         )
         generated = prepared.map_batches(
             Generate,
@@ -132,7 +134,7 @@ class Flow:
             ),
             num_cpus=0,
             num_gpus=self.place.gpus_per_replica,
-            max_task_retries=REPLICA_RETRIES,
+            max_task_retries=RETRIES,
         )
         yield from generated.iter_batches(batch_size=None, batch_format="pyarrow")
 

@@ -62,6 +62,15 @@ def test_ranks_on_cpu_share_the_cores_and_never_more_than_there_are(cluster):
     assert placed.prepare_workers == 1
 
 
+@pytest.mark.parametrize(("cores", "workers"), [(1, None), (1, 4), (2, 2), (3, 3), (4, 9), (16, 5)])
+def test_reading_is_not_starved_by_the_prepare_workers(cluster, cores, workers):
+    """Cutting the plan into units takes a whole core; without one a run would wait for ever."""
+    cluster({"CPU": cores})
+    placed = place(job(prepare_workers=workers))
+    assert placed.prepare_workers * placed.prepare_cpus <= cores - 1
+    assert placed.prepare_cpus <= 1
+
+
 def test_a_replica_holds_several_times_the_rows_it_computes_at_once(cluster):
     cluster({"CPU": 2})
     for sequences in (1, 3, 16, 100):
