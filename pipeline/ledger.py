@@ -5,6 +5,7 @@
     OUT/_vl01/plan.parquet            the units, and the schema of the kept columns
     OUT/_vl01/commits/000000123.json  unit 123 is done
     OUT/_vl01/replacing/              records of parts that are being replaced
+    OUT/_vl01/runs/RUN.json           what a run did in all, and on what hardware
     OUT/_vl01/tmp/                    unfinished files (on a disk; object stores need none)
 
 Every file appears whole or not at all. Who may write is for lease.py.
@@ -44,6 +45,7 @@ from pipeline.storage import (
 from schemas.errors import ConfigError, LedgerError
 from schemas.job import Job
 from schemas.ledger import CommitRecord
+from schemas.report import RunRecord
 from schemas.rows import Status
 
 LAYOUT = 1  # of this folder; another one is not read
@@ -273,6 +275,22 @@ class Ledger:
         with ThreadPoolExecutor(_RECORD_THREADS) as pool:
             records = pool.map(self.record, done)
             return sum(record.statuses.get(Status.FAILED, 0) for record in records)
+
+    # Runs
+
+    def write_run(self, record: RunRecord) -> None:
+        make_folder(self.fs, self._path("runs"))
+        self.write(f"runs/{record.run}.json", record.to_json())
+
+    def runs(self) -> Iterator[str]:
+        """The names of the runs that left a record."""
+        for name in list_flat(self.fs, self._path("runs")):
+            yield name.removesuffix(".json")
+
+    def run(self, name: str) -> RunRecord:
+        """Raises LedgerError when it is damaged."""
+        file = f"runs/{name}.json"
+        return RunRecord.from_json(self.read(file), self._path(file))
 
     # Files
 

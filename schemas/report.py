@@ -1,6 +1,9 @@
-"""What a run tells at its end."""
+"""What a run tells at its end, and what a report tells of a whole dataset."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
+
+from schemas.errors import LedgerError
 
 
 @dataclass(frozen=True)
@@ -20,3 +23,150 @@ class Summary:
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     failed_in_all: int | None = None  # failed rows of every run; counted for a strict job only
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run worked on. A replica is a whole model, a rank one GPU (or process) of it."""
+
+    device: str
+    ranks: int
+    replicas: int
+    prepare_workers: int
+    gpu: str | None = None  # its kind, where the cluster knows it
+
+    @property
+    def gpus(self) -> int:
+        return self.ranks * self.replicas if self.device == "cuda" else 0
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """_vl01/runs/<run>.json: what one run did, also one that was stopped before its end.
+
+    A run that was killed leaves none; its commit records still tell what it committed and when.
+    """
+
+    run: str
+    started_at: str
+    finished_at: str
+    seconds: float
+    rows: dict[str, int]
+    prompt_tokens: int
+    output_tokens: int
+    stage_seconds: dict[str, float]
+    hardware: Hardware | None = None
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "RunRecord":
+        """Raises LedgerError, naming `where`, for a damaged record or one of another version."""
+        try:
+            values = json.loads(data)
+            if values["hardware"] is not None:
+                values["hardware"] = Hardware(**values["hardware"])
+            return cls(**values)
+        except (ValueError, TypeError, KeyError) as error:
+            raise LedgerError(f"{where} is not the record of a run: {error}") from error
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Of one column, over the rows that have a value; all None or empty where none has.
+
+    edges: of the histogram's bins, one more than counts. above: values beyond the last edge, which
+    leaves out a long tail (the highest hundredth).
+    """
+
+    count: int
+    mean: float | None = None
+    least: float | None = None
+    median: float | None = None
+    p95: float | None = None
+    most: float | None = None
+    edges: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
+    above: int = 0
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """One run as the report tells it. hardware and stage_seconds: empty of a run that was killed.
+
+    seconds: on the wall, loading the model included; to its last commit if it was killed.
+    """
+
+    run: str
+    started_at: str
+    seconds: float
+    rows: int
+    prompt_tokens: int
+    output_tokens: int
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    hardware: Hardware | None = None
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Rows and tokens (read and written) committed in bins of the time that runs worked.
+
+    Time between runs is left out; run_ends: where, in seconds, one run ended and the next began.
+    """
+
+    bin_seconds: float = 0.0
+    rows: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+    run_ends: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Measured over the runs whose hardware is known; loading the model is part of it."""
+
+    gpu_hour_price: float
+    gpu_hours: float
+    total: float
+    per_million_rows: float | None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A row of the contact sheet. why: "random", or the risk that it was chosen for."""
+
+    row_id: str
+    why: str
+    source: str
+    member: str | None
+    page: int | None
+    status: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """_vl01/report.json. rows_planned: of the units that could be counted before reading them."""
+
+    output: str
+    made_at: str
+    units_planned: int
+    units_committed: int
+    rows_planned: int
+    rows: int
+    statuses: dict[str, int]
+    reasons: dict[str, int]
+    prompt_tokens: int
+    output_tokens: int
+    seconds: float
+    rows_per_second: float | None
+    tokens_per_second: float | None
+    stage_seconds: dict[str, float]
+    distributions: dict[str, Distribution]
+    throughput: Throughput
+    runs: tuple[RunFigures, ...]
+    cost: Cost | None
+    sampled: tuple[Sampled, ...]
+    problems: tuple[str, ...]
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()

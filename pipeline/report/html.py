@@ -1,0 +1,97 @@
+"""One self-contained page: the report's numbers, charts and contact sheet. Escapes every text."""
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
+
+from pipeline.progress import clock
+from pipeline.report.charts import NARROW, WIDE, histogram, short_number, throughput
+from pipeline.report.contact_sheet import Cell
+from pipeline.report.sample import RANDOM
+from schemas.report import Report
+from schemas.rows import Status
+
+# Names on the page, and what their numbers are rounded to.
+_DISTRIBUTIONS = {
+    "prompt_tokens": ("Prompt tokens", 0),
+    "output_tokens": ("Output tokens", 0),
+    "text_length": ("Text length, characters", 0),
+    "tiles": ("Tiles", 0),
+    "mean_logprob": ("Confidence, mean log-probability", 2),
+}
+_MOST_TEXT = 4000  # characters shown of a row's text
+
+
+def page(report: Report, job: dict[str, Any], cells: list[Cell]) -> str:
+    """The HTML of a report. job: its keys and values, as job.json holds them."""
+    drawn = {
+        name: (title, digits, report.distributions[name], histogram(name, values))
+        for name, (title, digits) in _DISTRIBUTIONS.items()
+        if (values := report.distributions[name]).count
+    }
+    return _template().render(
+        report=report,
+        job=job,
+        statuses=[(s.value, n) for s in Status if (n := report.statuses.get(s, 0))],
+        reasons=sorted(report.reasons.items(), key=lambda item: (-item[1], item[0])),
+        wide=throughput(report.throughput, WIDE),
+        narrow=throughput(report.throughput, NARROW),
+        drawn=drawn,
+        by_chance=[cell for cell in cells if cell.why == RANDOM],
+        by_risk=[cell for cell in cells if cell.why != RANDOM],
+        most_text=_MOST_TEXT,
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(
+            lambda name: files("pipeline.report").joinpath(name).read_text("utf-8")
+        ),
+    )
+    environment.filters |= {
+        "count": lambda number: f"{number:,}",
+        "short": short_number,
+        "rounded": _rounded,
+        "clock": clock,
+        "share": _share,
+        "moment": lambda iso: iso[:16].replace("T", " ") + " UTC",
+        "fields": _fields,
+    }
+    return environment.get_template("page.html.jinja")
+
+
+def _rounded(number: float, digits: int = 0) -> str:
+    return f"{number:,.{digits}f}".replace("-", "\u2212")
+
+
+def _share(part: float, whole: float) -> str:
+    """A percentage that is 0 % or 100 % only if it is exactly so."""
+    if not whole:
+        return "0 %"
+    percent = 100 * part / whole
+    if 0 < percent < 0.1:
+        return "< 0.1 %"
+    if 99.9 < percent < 100:
+        return "> 99.9 %"
+    return f"{percent:.3g} %"
+
+
+def _fields(data: Any, name: str = "") -> list[tuple[str, str]]:
+    """The fields of an extraction, however nested, as lines of name and value."""
+    if isinstance(data, dict):
+        below = ((f"{name}.{key}" if name else key, value) for key, value in data.items())
+    elif isinstance(data, list):
+        below = ((f"{name}[{i}]", value) for i, value in enumerate(data))
+    else:
+        value = data if isinstance(data, str) else json.dumps(data, default=str)
+        return [(name, "\u2013" if data is None else value)]
+    return [line for key, value in below for line in _fields(value, key)]

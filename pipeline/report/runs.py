@@ -1,0 +1,101 @@
+"""What each run did and when, from the records of runs and of commits."""
+
+import re
+from collections import Counter, defaultdict
+from datetime import UTC, datetime
+
+from pipeline.ledger import Ledger
+from schemas.ledger import CommitRecord
+from schemas.report import Cost, RunFigures, RunRecord, Throughput
+
+_MOST_BINS = 60
+_COMMITS_PER_BIN = 2
+_STARTED = re.compile(r"(\d{8}T\d{6})Z-")
+
+
+class Timeline:
+    """Commits by run and second: bounded by the time that runs took, not by their units."""
+
+    def __init__(self) -> None:
+        self._rows: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        self._tokens: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        self._prompt: Counter[str] = Counter()
+        self._output: Counter[str] = Counter()
+        self._commits = 0
+
+    def add(self, record: CommitRecord) -> None:
+        second = _second(record.committed_at)
+        self._commits += 1
+        self._rows[record.run][second] += record.rows
+        self._tokens[record.run][second] += record.prompt_tokens + record.output_tokens
+        self._prompt[record.run] += record.prompt_tokens
+        self._output[record.run] += record.output_tokens
+
+    def runs(self, records: dict[str, RunRecord]) -> list[RunFigures]:
+        """Every run that committed something, the first one first."""
+        return sorted((self._figures(run, records.get(run)) for run in self._rows), key=_start)
+
+    def _figures(self, run: str, record: RunRecord | None) -> RunFigures:
+        first, last = min(self._rows[run]), max(self._rows[run])
+        if match := _STARTED.match(run):
+            first = min(first, _second(match[1] + "+00:00"))
+        seconds = max(1.0, float(last - first))
+        return RunFigures(
+            run=run,
+            started_at=datetime.fromtimestamp(first, UTC).isoformat(),
+            seconds=round(record.seconds, 1) if record else seconds,
+            rows=self._rows[run].total(),
+            prompt_tokens=self._prompt[run],
+            output_tokens=self._output[run],
+            stage_seconds=record.stage_seconds if record else {},
+            hardware=record.hardware if record else None,
+        )
+
+    def throughput(self, runs: list[RunFigures]) -> Throughput:
+        if not runs:
+            return Throughput()
+        seconds = sum(run.seconds for run in runs)
+        bins = max(1, min(_MOST_BINS, self._commits // _COMMITS_PER_BIN, int(seconds)))
+        width = seconds / bins
+        rows, tokens = [0] * bins, [0] * bins
+        ends: list[float] = []
+        for run in runs:
+            before = ends[-1] if ends else 0.0
+            start = int(datetime.fromisoformat(run.started_at).timestamp())
+            for second, count in self._rows[run.run].items():
+                at = before + min(second - start, run.seconds)
+                place = min(bins - 1, int(at / width))
+                rows[place] += count
+                tokens[place] += self._tokens[run.run][second]
+            ends.append(before + run.seconds)
+        return Throughput(width, tuple(rows), tuple(tokens), tuple(ends[:-1]))
+
+
+def run_records(ledger: Ledger) -> tuple[dict[str, RunRecord], list[str]]:
+    """The records of runs, by run, and a line for each that cannot be read."""
+    records, problems = {}, []
+    for name in ledger.runs():
+        try:
+            records[name] = ledger.run(name)
+        except Exception as error:  # a record more or less must not cost the report
+            problems.append(f"the record of run {name} cannot be read: {error}")
+    return records, problems
+
+
+def cost(runs: list[RunFigures], gpu_hour_price: float | None) -> Cost | None:
+    """None without a price, and where no run is known to have used a GPU."""
+    on_gpus = [run for run in runs if run.hardware and run.hardware.gpus]
+    if gpu_hour_price is None or not on_gpus:
+        return None
+    hours = sum(run.seconds * run.hardware.gpus for run in on_gpus if run.hardware) / 3600
+    rows = sum(run.rows for run in on_gpus)
+    total = hours * gpu_hour_price
+    return Cost(gpu_hour_price, hours, total, total / rows * 1e6 if rows else None)
+
+
+def _start(run: RunFigures) -> tuple[str, str]:
+    return run.started_at, run.run
+
+
+def _second(iso: str) -> int:
+    return int(datetime.fromisoformat(iso).timestamp())
