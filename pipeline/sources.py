@@ -78,7 +78,7 @@ class Source:
                     ours.add(name[: name.index("_vl01/")].rstrip("/"))
                 elif not is_hidden(name) and not (folder in ours and _OUR_PART.fullmatch(base)):
                     yield name
-        except OSError as error:
+        except Exception as error:  # storage clients raise far more than OSError
             raise ConfigError(f"cannot list {self.address}: {error}") from error
 
     def _enter(self, folder: str) -> bool:
@@ -86,7 +86,9 @@ class Source:
             return False
         if self.pattern is None or "**" in self.pattern:
             return True
-        return folder.count("/") < self.pattern.count("/")
+        depth, steps = folder.count("/") + 1, self.pattern.split("/")
+        begin = glob_translate("/".join(steps[:depth]))
+        return depth < len(steps) and re.match(begin, folder) is not None
 
 
 def open_source(address: str, endpoint_url: str | None = None) -> Source:

@@ -69,7 +69,7 @@ def list_names(
     if _is_s3(fs):
         return _list_s3(fs, root, "")
     entries = _local_entries if is_local(fs) else _entries
-    return _walk(lambda folder: entries(fs, f"{root}/{folder}".rstrip("/")), "", enter)
+    return _walk(lambda folder: entries(fs, f"{root}/{folder}".rstrip("/") or "/"), "", enter)
 
 
 def list_flat(fs: AbstractFileSystem, root: str, prefix: str = "") -> Iterator[str]:

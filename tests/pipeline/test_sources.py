@@ -131,6 +131,33 @@ def test_a_wrong_address_is_one_clear_line(tmp_path, address, message):
     assert address.format(tmp=tmp_path) in str(error.value)
 
 
+def test_a_glob_may_begin_at_the_root(tmp_path):
+    touch(tmp_path, "a.jpg")
+    first, _, rest = str(tmp_path / "a.jpg").lstrip("/").partition("/")
+    source = open_source(f"/{first[:-1]}?/{rest}")
+    assert source.full_address(next(source.names())) == str(tmp_path / "a.jpg")
+
+
+def test_a_glob_looks_into_no_folder_that_it_cannot_match(tmp_path, monkeypatch):
+    touch(tmp_path, "2024-01/a.jpg", "2023-01/b.jpg", "2024-02/raw/c.jpg", "2024-02/web/raw/d.jpg")
+    scanned, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scanned.append(path) or scandir(path))
+    assert names(tmp_path / "2024-*" / "raw" / "*.jpg") == ["2024-02/raw/c.jpg"]
+    looked_into = {os.path.relpath(path, tmp_path) for path in scanned}
+    assert looked_into == {".", "2024-01", "2024-02", "2024-02/raw"}
+
+
+def test_a_listing_that_breaks_off_is_one_clear_line(monkeypatch, tmp_path):
+    def broken(*_):
+        yield "a.jpg"
+        raise RuntimeError("the storage's client gave up")  # botocore's errors are no OSError
+
+    monkeypatch.setattr(sources, "list_names", broken)
+    source = open_source(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"cannot list {tmp_path}: the storage's client gave up"):
+        list(source.names())
+
+
 def test_opening_a_big_folder_does_not_list_it_all(monkeypatch, tmp_path):
     def endless(*_):
         yield "a.jpg"
