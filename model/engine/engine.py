@@ -102,7 +102,8 @@ class Engine:
         """Queue a request; `step` will answer it.
 
         Raises RowError (PROMPT_TOO_LONG) when it can never fit, and ValueError when it
-        contradicts itself: no tokens, or an image with another number of image tokens or tiles.
+        contradicts itself: no tokens, an id that no token has, or an image with another number of
+        image tokens or tiles.
         """
         _check_request(request, self._model)
         prompt_tokens = len(request.token_ids)
@@ -193,8 +194,15 @@ class Engine:
 
 
 def _check_request(request: Request, model: VL01Config) -> None:
+    vocab_size = model.text.vocab_size
     if not len(request.token_ids):
         raise ValueError(f"request {request.id} has no tokens; expected at least one")
+    # ON_DEVICE is one of them: it would stand for a token of another request.
+    unknown = request.token_ids[(request.token_ids < 0) | (request.token_ids >= vocab_size)]
+    if len(unknown):
+        raise ValueError(
+            f"request {request.id} has the token id {unknown[0]}; expected 0 to {vocab_size - 1}"
+        )
     tokens = int((request.token_ids == model.image_token_id).sum())
     tiles = 0 if request.tiles is None else len(request.tiles)
     expected_tokens = expected_tiles = 0

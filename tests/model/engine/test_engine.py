@@ -143,6 +143,15 @@ def test_image_tokens_that_do_not_match_the_image_are_refused_with_both_numbers(
     assert engine.unfinished == 0
 
 
+@pytest.mark.parametrize("id", [-1, 1024])
+def test_ids_that_no_token_has_are_refused_and_stand_for_no_token_of_another_row(engine, id):
+    request = text_request("odd", 5)
+    request.token_ids[2] = id
+    with pytest.raises(ValueError, match=rf"request odd has the token id {id}; expected 0 to 1023"):
+        engine.add(request)
+    assert engine.unfinished == 0
+
+
 def test_generate_does_not_read_all_requests_into_memory(engine):
     taken = 0
 
