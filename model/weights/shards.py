@@ -43,13 +43,17 @@ def stored_tensors(checkpoint: str | Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint by name, from its index and the headers of its shards.
 
     Raises CheckpointError when a file is missing, damaged or shorter than its header says, and
-    when index and headers disagree.
+    when index and headers disagree or two shards hold the same tensor.
     """
     root = Path(checkpoint)
     shards = _shard_names(root)
     found: dict[str, StoredTensor] = {}
     for shard in sorted(set(shards.values())):
         for tensor in _read_header(root / shard):
+            if tensor.name in found:
+                raise CheckpointError(
+                    f"{root}: {found[tensor.name].path.name} and {shard} both hold {tensor.name}."
+                )
             found[tensor.name] = tensor
     for name, shard in shards.items():
         if name not in found or found[name].path.name != shard:

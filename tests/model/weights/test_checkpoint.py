@@ -189,6 +189,18 @@ def test_a_shard_that_is_missing_cut_or_no_safetensors_is_named(checkpoint, tens
         check_checkpoint(broken)
 
 
+@pytest.mark.parametrize("shard", ["a.safetensors", "b.safetensors"])
+def test_a_tensor_that_two_shards_hold_is_named(checkpoint, tensors, tmp_path, shard):
+    twice = rewritten(checkpoint, tmp_path, tensors)
+    index = json.loads((twice / INDEX).read_text())
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file(load_file(twice / name) | {GATE: tensors[GATE]}, twice / name)
+    index["weight_map"][GATE] = shard
+    (twice / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=rf"a\.safetensors and b\.saf.* both hold {GATE}"):
+        check_checkpoint(twice)
+
+
 def test_a_checkpoint_without_an_index_says_what_was_expected(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     (tmp_path / INDEX).unlink()
