@@ -18,12 +18,6 @@ from model.weights.checkpoint import load_decoder
 from schemas.requests import Request, Sampling
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Two busy test processes on two cores otherwise spend their time waiting for each other."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     return write_random_checkpoint(
