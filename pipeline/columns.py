@@ -43,7 +43,8 @@ def no_image_column(schema: pa.Schema, wanted: str | None) -> str:
 class KeptColumns:
     """The schema of the columns to keep, put together from the files that have them.
 
-    Raises ConfigError: a name that the output uses itself, types that differ, a name nobody has.
+    Raises ConfigError: a name that the output uses itself or that is given twice, types that
+    differ or that cannot be carried, a name nobody has.
     """
 
     def __init__(self, keep: tuple[str, ...]) -> None:
@@ -51,12 +52,18 @@ class KeptColumns:
         self._found: dict[str, tuple[pa.DataType, str]] = {}
         if clash := [name for name in keep if name in _OWN_NAMES]:
             raise ConfigError(f"cannot keep {', '.join(clash)}: the output uses that name itself")
+        if twice := sorted({name for name in keep if keep.count(name) > 1}):
+            raise ConfigError(f"cannot keep {', '.join(twice)} twice")
 
     def add(self, schema: pa.Schema, file: str) -> None:
         for name in self.keep:
             if (index := schema.get_field_index(name)) < 0:
                 continue
             type_ = plain_type(schema.field(index).type)
+            if _has_views(type_):
+                raise ConfigError(
+                    f"cannot keep {name}: it is {type_} in {file}; views are not kept"
+                )
             known, known_file = self._found.get(name, (pa.null(), file))
             if t.is_null(known):
                 self._found[name] = type_, file
@@ -74,5 +81,16 @@ class KeptColumns:
 
 
 def plain_type(type_: pa.DataType) -> pa.DataType:
-    """Of a dictionary its values: every file has another dictionary."""
-    return type_.value_type if t.is_dictionary(type_) else type_
+    """Of a dictionary its values: every file has another dictionary. Of a view its copy: pyarrow
+    can neither take nor sort rows with views.
+    """
+    if t.is_dictionary(type_):
+        return plain_type(type_.value_type)
+    views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    return views.get(type_, type_)
+
+
+def _has_views(type_: pa.DataType) -> bool:
+    if t.is_string_view(type_) or t.is_binary_view(type_):
+        return True
+    return any(_has_views(type_.field(i).type) for i in range(type_.num_fields))

@@ -1,5 +1,7 @@
 """Rows come in any order, twice or late: each is committed once, with the right status."""
 
+from decimal import Decimal
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +15,7 @@ from pipeline.plan import Plan
 from pipeline.sources import open_source
 from schemas.errors import LedgerError
 from schemas.rows import GENERATED, OUTPUT, with_kept
-from tests.pipeline.fake_run import job_of, write_images
+from tests.pipeline.fake_run import job_of, run, write_images
 
 
 def rows(unit: int, *indices: int, of: int = 4, **columns) -> pa.Table:
@@ -111,6 +113,25 @@ def test_the_record_counts_statuses_and_reasons(committer):
     (record,) = committer.add(rows(0, 2, 3))
     assert record.statuses == {"failed": 1, "ok": 2, "truncated": 1}
     assert record.reasons == {"max_new_tokens": 1, "timeout": 1}
+
+
+def test_kept_columns_of_any_type_are_carried_whole(tmp_path):
+    columns = {
+        "view": pa.array(["a", None], pa.string_view()),
+        "raw": pa.array([b"a", None], pa.binary_view()),
+        "nested": pa.array([{"a_view": {"b": [{"c": 1}]}}, None]),
+        "pairs": pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int32())),
+        "names": pa.array([["a", "b"], []], pa.list_(pa.dictionary(pa.int32(), pa.string()))),
+        "a name\nof two lines": pa.array([Decimal("1.50"), None], pa.decimal256(50, 2)),
+    }
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"image": [b"a", b"b"], **columns}), tmp_path / "in/a.parquet")
+    run(job_of(tmp_path / "in", tmp_path / "out", keep=tuple(columns)))
+    (part,) = (tmp_path / "out").glob("*.parquet")
+    table = pq.read_table(part)
+    assert {name: table[name].to_pylist() for name in columns} == {
+        name: column.to_pylist() for name, column in columns.items()
+    }
 
 
 # finish

@@ -141,6 +141,19 @@ def test_a_kept_column_cannot_take_the_name_of_an_output_column(tmp_path, name):
         plan(tmp_path, keep=(name,))
 
 
+def test_a_kept_column_given_twice_is_not_written_twice(tmp_path):
+    write(tmp_path / "a.parquet", {"image": JPEGS, "id": range(10)})
+    with pytest.raises(ConfigError, match="cannot keep id twice"):
+        plan(tmp_path, keep=("id", "id"))
+
+
+def test_a_kept_column_that_pyarrow_cannot_sort_is_refused_before_the_run(tmp_path):
+    views = pa.array([["a"]] * 10, pa.list_(pa.string_view()))
+    write(tmp_path / "a.parquet", {"image": JPEGS, "tags": views})
+    with pytest.raises(ConfigError, match=r"cannot keep tags: it is list<.*string_view>"):
+        list(plan(tmp_path, keep=("tags",)).units())
+
+
 def test_a_kept_column_that_nobody_has_is_refused(tmp_path):
     write(tmp_path / "a.parquet", {"image": JPEGS})
     p = plan(tmp_path, keep=("id",))
