@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 
 from schemas.errors import CheckpointError, ConfigError, EngineError, VL01Error
 from schemas.job import Job
+from schemas.report import Hardware
 
 # Rows a replica holds, as a multiple of its sequences in flight: fewer, and the engine drains
 # whenever a batch waits for its longest answer.
@@ -24,6 +25,8 @@ HELD_PER_SEQUENCE = 4
 GPU_SEQUENCES = 128  # for feeding only: how many really fit is known once the model is loaded
 CPU_SEQUENCES = 16  # more would only be finished later
 CALLS_PER_SEQUENCES = 4  # smaller batches are committed sooner, larger ones cost Ray less
+
+_GPU_KIND = "accelerator_type:"  # how Ray names what kind of GPU a node has
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,17 @@ class Placement:
     @property
     def gpus_per_replica(self) -> int:
         return self.ranks if self.device == "cuda" else 0
+
+    def hardware(self) -> Hardware:
+        """For the record of the run; asks the cluster that this process has joined."""
+        kinds = [name for name in ray.cluster_resources() if name.startswith(_GPU_KIND)]
+        return Hardware(
+            device=self.device,
+            ranks=self.ranks,
+            replicas=self.replicas,
+            prepare_workers=self.prepare_workers,
+            gpu=kinds[0].removeprefix(_GPU_KIND) if kinds and self.device == "cuda" else None,
+        )
 
 
 @contextmanager
@@ -78,7 +92,8 @@ def plain_error(error: RayError) -> VL01Error:
     Python prints the cause before what it led to, so the first error named is the one.
     """
     named = re.search(r"^([\w.]*(?:Error|Exception)): (.*)$", str(error), re.MULTILINE)
-    kind, message = named.groups() if named else (type(error).__name__, str(error))
+    first_line = str(error).strip().partition("\n")[0]
+    kind, message = named.groups() if named else (type(error).__name__, first_line)
     if kind.rpartition(".")[2] in (ConfigError.__name__, CheckpointError.__name__):
         return ConfigError(message)
     return EngineError(

@@ -58,7 +58,8 @@ def run(job: Job) -> Summary:
                 pending.num_rows, "starting Ray, loading the model, computing the first answers"
             )
             read = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept)
-            work(job, model, read, pending, committer, tally, stop)
+            with tally.recorded(ledger, lease.run):
+                work(job, model, read, pending, committer, tally, stop)
         return tally.summary(ledger, committer, job.strict)
 
 
@@ -75,6 +76,7 @@ def work(
     with ray_session(job.address):
         stop.listen()
         flow = Flow(job, model, read, place(job))
+        tally.hardware = flow.place.hardware()
         for rows in stop.relay(flow.generated(pending), committer.incomplete):
             tally.generated(rows)
             with tally.committing():

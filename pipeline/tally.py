@@ -3,16 +3,16 @@
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pyarrow as pa
 
 from pipeline.commit import Committer
-from pipeline.ledger import Ledger
+from pipeline.ledger import Ledger, now
 from pipeline.progress import Progress
 from schemas.errors import EngineError, StoppedError
 from schemas.ledger import CommitRecord
-from schemas.report import Summary
+from schemas.report import Hardware, RunRecord, Summary
 
 FAILURES_COUNT_AFTER = 200  # rows: fewer say little about the rest
 _TIMED_BY_ROW = ("read", "prepare", "generate")
@@ -23,6 +23,8 @@ class Tally:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
+        self.hardware: Hardware | None = None  # known once Ray has started
+        self._started_at = now()
         self._started = time.monotonic()
         self._rows: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
@@ -78,6 +80,29 @@ class Tally:
                 f"stopped by {signal_name}: {done:,} of the {asked:,} units of this run are"
                 " committed; the same command does the rest"
             )
+
+    @contextmanager
+    def recorded(self, ledger: Ledger, run: str) -> Iterator[None]:
+        """Leaves the record of a run, also of one that stops early. One that cannot be written
+        costs the report some figures: the commit records hold what counts."""
+        try:
+            yield
+        finally:
+            with suppress(Exception):
+                ledger.write_run(self._record(run))
+
+    def _record(self, run: str) -> RunRecord:
+        return RunRecord(
+            run=run,
+            started_at=self._started_at,
+            finished_at=now(),
+            seconds=time.monotonic() - self._started,
+            rows=dict(self._rows),
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=self._output_tokens,
+            stage_seconds=self._stage_seconds,
+            hardware=self.hardware,
+        )
 
     def summary(self, ledger: Ledger, committer: Committer, strict: bool) -> Summary:
         """Raises EngineError when units are left: rows of them went missing on the way."""
