@@ -17,6 +17,8 @@ from jobs import show
 from jobs.bench import cli as bench
 from jobs.config import TASKS, absolute_address, job_from_file, job_from_flags
 from jobs.flags import with_flags
+from jobs.report import HELP as _REPORT
+from jobs.report import report, report_after_run
 from jobs.task import Task
 from schemas.errors import ExitCode, VL01Error
 from schemas.job import Job
@@ -175,6 +177,9 @@ def verify(
     raise typer.Exit(ExitCode.OK if verification.ok else ExitCode.UNACCOUNTED)
 
 
+app.command("report", help=_REPORT)(report)
+
+
 def _run(job: Job) -> NoReturn:
     try:
         from pipeline.run import run
@@ -184,6 +189,7 @@ def _run(job: Job) -> NoReturn:
         show.error("stopped. What is committed stays; the same command goes on from there.")
         raise typer.Exit(ExitCode.STOPPED) from None
     show.summary(summary)
+    report_after_run(job, summary.units)
     raise typer.Exit(ExitCode.STRICT if summary.failed_in_all else ExitCode.OK)
 
 

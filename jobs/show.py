@@ -8,6 +8,7 @@ from rich.markup import escape
 from schemas.report import Summary
 
 if TYPE_CHECKING:
+    from pipeline.report import Written
     from pipeline.verify import Verification
 
 
@@ -33,6 +34,13 @@ def summary(result: Summary) -> None:
     else:
         facts["rows"] = "nothing was left to do"
     _facts(facts)
+
+
+def report(written: "Written") -> None:
+    """Where the page is, and what it could not tell."""
+    _facts({"report": written.html})
+    for problem in written.report.problems:
+        error(problem)
 
 
 def _facts(facts: dict[str, str]) -> None:
