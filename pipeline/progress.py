@@ -32,7 +32,9 @@ class Progress:
         self._done = threading.Event()
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        # Rich takes a log file for a terminal where FORCE_COLOR is set, as in many a CI, and draws
+        # nothing before the end in a dumb one.
+        if self._console.is_interactive and self._console.file.isatty():
             self._live = Live(get_renderable=self.line, console=self._console, refresh_per_second=2)
             self._live.start()
         else:

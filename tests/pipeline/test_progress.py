@@ -1,5 +1,6 @@
 import io
 
+import pytest
 from rich.console import Console
 
 from pipeline import progress
@@ -27,6 +28,20 @@ def test_a_run_without_a_terminal_is_not_silent(monkeypatch):
     assert "3 rows" in lines[-1]
     assert "1 failed" in lines[-1]
     assert "units 1/3" in lines[-1]
+
+
+@pytest.mark.parametrize(("variable", "value"), [("FORCE_COLOR", "1"), ("TERM", "dumb")])
+def test_a_log_is_not_filled_with_escape_codes_nor_a_dumb_terminal_left_silent(
+    monkeypatch, variable, value
+):
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
+    file = io.StringIO()
+    monkeypatch.setattr(file, "isatty", lambda: variable == "TERM")
+    with Progress(Console(file=file, width=200)) as shown:
+        shown._done.wait(0.1)
+        assert len(file.getvalue().splitlines()) > 1
+    assert "\x1b[" not in file.getvalue()
 
 
 def test_the_wait_for_the_model_says_what_is_awaited():
