@@ -5,7 +5,8 @@ Imports nothing heavy before a run begins: help and usage errors come at once.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -15,13 +16,14 @@ from rich.markup import escape
 
 from jobs import show
 from jobs.bench import cli as bench
-from jobs.config import TASKS, absolute_address, job_from_file, job_from_flags
-from jobs.flags import with_flags
+from jobs.config import TASKS, absolute_address, job_from_file, job_from_flags, job_of_retry
+from jobs.flags import with_changes, with_flags
 from jobs.report import HELP as _REPORT
 from jobs.report import report, report_after_run
 from jobs.task import Task
-from schemas.errors import ExitCode, VL01Error
+from schemas.errors import ConfigError, ExitCode, Reason, VL01Error
 from schemas.job import Job
+from schemas.rows import Status
 
 # Help is printed as it stands here: lines of at most 76 columns fit a terminal of 80.
 _STATUSES = """[bold]Statuses of a row[/bold]
@@ -45,6 +47,7 @@ given again.
 [bold]Examples[/bold]
   vl01 caption photos --output captions --model /models/vl01 --pp 8
   vl01 verify captions
+  vl01 retry captions --status failed
 
 SOURCE is a folder or a glob of images, WebDataset .tar files, or .parquet
 files with an image column; on disk or at any fsspec address, such as
@@ -85,6 +88,26 @@ needs no model.
   0  every row is there once
   2  OUT is not the output of a run
   4  rows missing or twice, or a part is damaged"""
+
+_RETRY = """Do some rows of OUT again, and put what comes out in their place.
+
+For failures that have passed: a file that was mended, storage that was out
+of reach, a time limit that was too short. Only these rows are read and
+computed; the other rows stay as they are. A row that was answered is never
+replaced by a failure; the column attempts counts all tries.
+
+The job is the one that wrote OUT. Only where and how fast it runs may be
+given anew. Stopped, the same command goes on.
+
+[bold]Examples[/bold]
+  vl01 retry captions
+  vl01 retry captions --reason timeout --decode-seconds 120
+  vl01 retry captions --status truncated --status failed --pp 4
+
+[bold]Exit codes[/bold]
+  0  done, also if rows failed once more
+  1  stopped before the end; the same command goes on
+  2  wrong usage or configuration, found before any model was loaded"""
 
 app = typer.Typer(
     name="vl01",
@@ -161,6 +184,36 @@ def run_file(
     _run(job_from_file(job))
 
 
+def _retry(
+    *,
+    output: Annotated[str, typer.Argument(help="the output of a run", metavar="OUT")],
+    status: Annotated[
+        list[Status], typer.Option(help="rows to do again; may be repeated", metavar="STATUS")
+    ] = [Status.FAILED],  # noqa: B006 (typer copies it)
+    reason: Annotated[
+        list[Reason], typer.Option(help="only rows with this; may be repeated", metavar="REASON")
+    ] = [],  # noqa: B006
+    endpoint_url: Annotated[
+        str | None, typer.Option(help=Job.model_fields["endpoint_url"].description, metavar="TEXT")
+    ] = None,
+    _debug: Debug = False,
+    **changes: str | None,
+) -> None:
+    if Status.OK in status:
+        raise ConfigError("--status is ok; rows that are ok are not done again")
+    from pipeline.retry import Choice, retry, stored_job
+
+    output = absolute_address(output, Path.cwd())
+    job = job_of_retry(
+        stored_job(output, endpoint_url), output, changes | {"endpoint_url": endpoint_url}
+    )
+    with _resumable():
+        show.retry(retry(job, Choice(frozenset(status), frozenset(reason))))
+
+
+app.command("retry", help=_RETRY)(with_changes(_retry))
+
+
 @app.command(help=_VERIFY)
 def verify(
     output: Annotated[str, typer.Argument(help="the output of a run", metavar="OUT")],
@@ -180,14 +233,20 @@ def verify(
 app.command("report", help=_REPORT)(report)
 
 
-def _run(job: Job) -> NoReturn:
+@contextmanager
+def _resumable() -> Iterator[None]:
     try:
-        from pipeline.run import run
-
-        summary = run(job)
+        yield
     except KeyboardInterrupt:
         show.error("stopped. What is committed stays; the same command goes on from there.")
         raise typer.Exit(ExitCode.STOPPED) from None
+
+
+def _run(job: Job) -> NoReturn:
+    with _resumable():
+        from pipeline.run import run
+
+        summary = run(job)
     show.summary(summary)
     report_after_run(job, summary.units)
     raise typer.Exit(ExitCode.STRICT if summary.failed_in_all else ExitCode.OK)

@@ -52,6 +52,15 @@ def job_from_file(path: str | Path) -> Job:
         raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
 
 
+def job_of_retry(stored: Mapping[str, Any], output: str, changes: Mapping[str, str | None]) -> Job:
+    """The job of an output, as job.json keeps it, with what a retry changes of it.
+
+    Raises ConfigError, which names the flags.
+    """
+    given = {key: value for key, value in changes.items() if value is not None}
+    return _make_job({**stored, **given, "output": output}, Path.cwd(), flag)
+
+
 def flag(key: str) -> str:
     """How a user of the command line knows a key of Job."""
     return "SOURCE" if key == "source" else "--" + key.replace("_", "-")

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from jobs.config import flag
 from jobs.task import Task
-from schemas.job import Job
+from schemas.job import WHERE_AND_HOW_FAST, Job
 
 # The panel of the help that shows a key; a key in none of them stands with --help.
 _PANELS = {
@@ -32,12 +32,31 @@ def with_flags(task: Task, command: Callable[..., None]) -> Callable[..., None]:
     Values arrive as text, lists of text and bools: Job alone judges them, so that a wrong value
     reads the same in a flag as in a file.
     """
-    named = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
     fields = {key: field for key, field in Job.model_fields.items() if key != "task"}
-    parameters = [_parameter(key, field, task) for key, field in fields.items()] + named
+    return _add(command, [_parameter(key, field, task) for key, field in fields.items()])
+
+
+def with_changes(command: Callable[..., None]) -> Callable[..., None]:
+    """The same with a flag for every key that says where and how fast, and None for what is not
+    given: as it was in the run before."""
+    given = {*inspect.signature(command).parameters, "strict", "max_failure_rate"}
+    fields = {k: f for k, f in Job.model_fields.items() if k in WHERE_AND_HOW_FAST - given}
+    return _add(command, [_change(key, field) for key, field in fields.items()])
+
+
+def _add(command: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
+    named = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
+    parameters = parameters + [p.replace(kind=p.KEYWORD_ONLY) for p in named]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
+
+
+def _change(key: str, field: FieldInfo) -> inspect.Parameter:
+    annotation = Annotated[str | None, _shape(key, field, _value_type(field.annotation))]
+    return inspect.Parameter(
+        key, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None
+    )
 
 
 def _parameter(key: str, field: FieldInfo, task: Task) -> inspect.Parameter:

@@ -8,6 +8,7 @@ from rich.markup import escape
 from schemas.report import Summary
 
 if TYPE_CHECKING:
+    from pipeline.replacer import RetrySummary
     from pipeline.report import Written
     from pipeline.verify import Verification
 
@@ -34,6 +35,24 @@ def summary(result: Summary) -> None:
     else:
         facts["rows"] = "nothing was left to do"
     _facts(facts)
+
+
+def retry(result: "RetrySummary") -> None:
+    """How many of the rows that were done again are ok now, and why the others are not."""
+    rows = sum(result.rows.values())
+    if not rows:
+        _facts({"output": result.output, "rows": "none is to be done again"})
+        return
+    now = f"{result.rows.get('ok', 0):,} of {rows:,} are ok"
+    added = f", {result.added:,} of them new" if result.added else ""
+    _facts(
+        {
+            "output": result.output,
+            "again": f"{result.again:,} rows in {result.units:,} units, {result.seconds:,.1f} s",
+            "now": f"{now}{added}: {_counts(result.rows)}",
+            "reasons": _counts(result.reasons),
+        }
+    )
 
 
 def report(written: "Written") -> None:

@@ -1,0 +1,150 @@
+"""Puts rows that were done again in the place of the old ones, a unit at a time, and counts them.
+
+Decides which of two outcomes of a row stays. Which rows are done again is for retry.py.
+"""
+
+import hashlib
+import io
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.commit import Committer
+from pipeline.finish import finish
+from pipeline.lease import Lease
+from pipeline.ledger import Ledger
+from pipeline.plan import row_id, units_of
+from schemas.errors import LedgerError
+from schemas.ledger import CommitRecord, Unit
+from schemas.rows import OUTPUT, Status
+
+_VALUE = {Status.FAILED: 0, Status.INVALID: 1, Status.TRUNCATED: 2, Status.OK: 3}
+
+
+@dataclass(frozen=True)
+class RetrySummary:
+    """The rows that a retry did again, and what became of them.
+
+    again: rows that were done again; added: rows that were not known before, where one stood for
+    all that could not be read of a file. rows, reasons: of both together, as they are now.
+    """
+
+    output: str
+    units: int  # that hold such rows
+    again: int = 0
+    added: int = 0
+    rows: dict[str, int] = field(default_factory=dict)  # by status
+    reasons: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Replacer(Committer):
+    """Merges the rows of a retry into the parts of their units, and counts what became of them."""
+
+    def __init__(self, ledger: Ledger, lease: Lease, units: pa.Table) -> None:
+        """units: those that are done again, in the RETRY_PLAN schema."""
+        super().__init__(ledger, lease)
+        self._units = {unit.number: unit for unit in units_of(units)}
+        self._done = np.ones_like(ledger.committed())
+        self._done[list(self._units)] = False
+        self._again = self._added = 0
+        self._rows: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+
+    @property
+    def left(self) -> int:
+        return int((~self._done).sum())
+
+    def summary(self, seconds: float) -> RetrySummary:
+        return RetrySummary(
+            output=self._ledger.output,
+            units=len(self._units),
+            again=self._again,
+            added=self._added,
+            rows=dict(self._rows),
+            reasons=dict(self._reasons),
+            seconds=seconds,
+        )
+
+    def _commit(self, unit: int, generated: pa.Table) -> CommitRecord:
+        record = self._ledger.record(unit)
+        old = self._old(record)
+        merged = merge(old, finish(generated), self._units[unit], self._ledger.kept.names)
+        if not merged.equals(old):
+            record = self._write(unit, merged, self._ledger.replace)
+        self._count(self._units[unit], old, merged)
+        self._done[unit] = True
+        return record
+
+    def _old(self, record: CommitRecord) -> pa.Table:
+        """The part of a record. Raises LedgerError when it is not what was committed."""
+        try:
+            data = self._ledger.read_part(record.unit)
+        except Exception as error:  # storage clients raise far more than OSError
+            raise LedgerError(f"cannot read {record.part}: {error}") from error
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise LedgerError(
+                f"{record.part} of {self._ledger.output} is not what was committed; "
+                "vl01 verify --deep tells what else is wrong"
+            )
+        return rows_of(data)
+
+    def _count(self, unit: Unit, old: pa.Table, merged: pa.Table) -> None:
+        known = set(old["row_id"].to_pylist())
+        for row in merged.select(["row_id", "status", "reason"]).to_pylist():
+            new = row["row_id"] not in known
+            if new or unit.wants(row["row_id"]):
+                self._added += new
+                self._rows[row["status"]] += 1
+                if row["reason"] is not None:
+                    self._reasons[row["reason"]] += 1
+        self._again += sum(unit.wants(known_id) for known_id in known)
+
+
+def merge(old: pa.Table, new: pa.Table, unit: Unit, kept: list[str]) -> pa.Table:
+    """The part of a unit after a retry. All in the OUTPUT schema with the
+    columns carried over from the source, which are named `kept`.
+
+    A row that the unit wants is replaced by the new one unless that is worse (failed < invalid <
+    truncated < ok), and has the attempts of both; a failed one keeps its kept columns. Rows that
+    did not come, or were not wanted, stay. Where a row stood for unknown ones, those that came
+    follow the known ones, and it stays only if it came again.
+    """
+    both = pa.concat_tables([old, new])
+    status, attempts = both["status"].to_pylist(), both["attempts"].to_pylist()
+    ids = both["row_id"].to_pylist()
+    known, came = ids[: old.num_rows], {row: i for i, row in enumerate(ids) if i >= old.num_rows}
+    missing = stand_in(unit) if unit.only is None else None
+
+    takes, keeps, tries = [], [], []
+    for i, row in enumerate(known):
+        if row == missing and row not in came:
+            continue
+        n = came[row] if row in came and unit.wants(row) else i
+        takes.append(n if _VALUE[status[n]] >= _VALUE[status[i]] else i)
+        keeps.append(i if status[n] == Status.FAILED else takes[-1])
+        tries.append(attempts[i] if n == i else (attempts[i] or 0) + (attempts[n] or 0))
+    if missing is not None:
+        found = [came[row] for row in came if row not in set(known)]
+        takes, keeps = takes + found, keeps + found
+        tries += [attempts[i] for i in found]
+
+    merged, carried = both.take(takes), both.select(kept).take(keeps)
+    for name in kept:
+        merged = merged.set_column(merged.column_names.index(name), name, carried[name])
+    place = merged.column_names.index("attempts")
+    merged = merged.set_column(place, OUTPUT.field("attempts"), pa.array(tries, pa.int32()))
+    return merged.cast(both.schema)
+
+
+def stand_in(unit: Unit) -> str | None:
+    """The id of the row that stands for unknown ones, which only uncounted units can have."""
+    return row_id(unit.names[0]) if unit.rows is None else None
+
+
+def rows_of(part: bytes) -> pa.Table:
+    """OUTPUT rows with the kept columns."""
+    return pq.read_table(io.BytesIO(part)).replace_schema_metadata(None)

@@ -1,0 +1,130 @@
+"""Does some rows of a dataset again: `vl01 retry`. Which rows those are, and how they are found.
+
+The flow is run.py's; what becomes of the rows that come out is for replacer.py.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from model.weights.checkpoint import checkpoint_revision
+from pipeline.lease import Lease
+from pipeline.ledger import Ledger
+from pipeline.model import open_model
+from pipeline.plan import plan_table, units_of
+from pipeline.progress import Progress
+from pipeline.read import ReadSettings
+from pipeline.replacer import Replacer, RetrySummary, rows_of, stand_in
+from pipeline.run import work
+from pipeline.sources import open_source
+from pipeline.stop import Stop
+from pipeline.tally import Tally
+from schemas.errors import ConfigError, EngineError
+from schemas.job import Job
+from schemas.ledger import RETRY_PLAN, CommitRecord, Unit
+
+_THREADS = 32
+_AHEAD = 1024
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Rows by status and, if any are given, by reason."""
+
+    statuses: frozenset[str]
+    reasons: frozenset[str] = frozenset()
+
+    def among(self, record: CommitRecord) -> bool:
+        """Whether the part of a record may hold such rows."""
+        return any(record.statuses.get(status) for status in self.statuses) and (
+            not self.reasons or any(record.reasons.get(reason) for reason in self.reasons)
+        )
+
+    def holds(self, row: dict[str, Any]) -> bool:
+        return row["status"] in self.statuses and (
+            not self.reasons or row["reason"] in self.reasons
+        )
+
+
+def stored_job(output: str, endpoint_url: str | None = None) -> dict[str, Any]:
+    """The keys of the job that wrote OUT. Raises ConfigError if none did."""
+    ledger = Ledger(output, endpoint_url)
+    if not ledger.resume():
+        raise ConfigError(f"{ledger.output} holds no dataset of this tool: no _vl01/job.json there")
+    return ledger.job["job"]
+
+
+def retry(job: Job, choice: Choice) -> RetrySummary:
+    """Does the chosen rows of the committed units again.
+
+    A row is replaced by what came out of it now, unless that is worse. What was replaced before
+    the retry ended early stays; the same call does the rest, and what failed once more again.
+    Raises what `run` does.
+    """
+    started = time.monotonic()
+    job = job.model_copy(update={"max_failure_rate": 1.0})  # they are known to fail
+    model = open_model(job)
+    source = open_source(job.source, job.endpoint_url)
+    ledger = Ledger(job.output, job.endpoint_url)
+    ledger.prepare()
+    with Stop(job.grace_seconds) as stop, Lease(ledger) as lease, Progress() as progress:
+        ledger.resume(job.fingerprint(checkpoint_revision(job.model)))
+        ledger.clean_up()
+        pending = chosen(ledger, choice)
+        replacer = Replacer(ledger, lease, pending)
+        if pending.num_rows:
+            progress.start(pending.num_rows, "starting Ray, loading the model, doing rows again")
+            read = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept)
+            work(job, model, read, pending, replacer, Tally(progress), stop)
+        if replacer.left:
+            raise EngineError(
+                f"{replacer.left:,} of {pending.num_rows:,} units are not done again; the same"
+                " command does the rest"
+            )
+    return replacer.summary(time.monotonic() - started)
+
+
+def chosen(ledger: Ledger, choice: Choice) -> pa.Table:
+    """The units with chosen rows, in the RETRY_PLAN schema. Reads every commit record, and of
+    the parts that hold such rows what tells them."""
+    tables = [RETRY_PLAN.empty_table()]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for units in _committed(ledger):
+            found = pool.map(lambda unit: _narrow(ledger, unit, choice), units)
+            tables.append(_retry_table([unit for unit in found if unit]))
+    return pa.concat_tables(tables)
+
+
+def _committed(ledger: Ledger) -> Iterator[list[Unit]]:
+    done = ledger.committed()
+    for table in ledger.planned():
+        for start in range(0, table.num_rows, _AHEAD):  # `map` does not wait for its reader
+            units = units_of(table.slice(start, _AHEAD))
+            yield [unit for unit in units if done[unit.number]]
+
+
+def _narrow(ledger: Ledger, unit: Unit, choice: Choice) -> Unit | None:
+    """The unit, of which only the chosen rows are left; None if there are none.
+
+    A row that stands for all that could not be read of a file (the tail of a cut tar) becomes
+    all the rows that are not known yet.
+    """
+    if not choice.among(ledger.record(unit.number)):
+        return None
+    part = rows_of(ledger.read_part(unit.number)).select(["row_id", "status", "reason"]).to_pylist()
+    again = frozenset(row["row_id"] for row in part if choice.holds(row))
+    if stand_in(unit) in again:
+        return replace(unit, but=frozenset(row["row_id"] for row in part) - again)
+    return replace(unit, only=again) if again else None
+
+
+def _retry_table(units: list[Unit]) -> pa.Table:
+    table = plan_table(units)
+    only = [None if unit.only is None else sorted(unit.only) for unit in units]
+    values = [*table.columns, pa.array(only, RETRY_PLAN.field("only").type)]
+    values.append(pa.array([sorted(unit.but) for unit in units], RETRY_PLAN.field("but").type))
+    return pa.table(values, RETRY_PLAN)
