@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.markup import escape
 
-from jobs import show
+from jobs import show, show_plan, show_status
 from jobs.bench import cli as bench
 from jobs.config import TASKS, absolute_address, job_from_file, job_from_flags, job_of_retry
 from jobs.flags import with_changes, with_flags
@@ -22,6 +22,7 @@ from jobs.report import HELP as _REPORT
 from jobs.report import report, report_after_run
 from jobs.task import Task
 from schemas.errors import ConfigError, ExitCode, Reason, VL01Error
+from schemas.estimate import Assumptions
 from schemas.job import Job
 from schemas.rows import Status
 
@@ -45,7 +46,9 @@ read. A run that was stopped goes on where it was when the same command is
 given again.
 
 [bold]Examples[/bold]
+  vl01 plan job.yaml
   vl01 caption photos --output captions --model /models/vl01 --pp 8
+  vl01 status captions
   vl01 verify captions
   vl01 retry captions --status failed
 
@@ -212,6 +215,48 @@ def _retry(
 
 
 app.command("retry", help=_RETRY)(with_changes(_retry))
+
+
+@app.command(help=show_plan.HELP)
+def plan(
+    job: Annotated[Path, typer.Argument(help="the job, in YAML", metavar="JOB.yaml")],
+    gpu_memory_gib: Annotated[
+        float, typer.Option(help="what a GPU has", metavar="NUMBER", min=0)
+    ] = Assumptions.gpu_memory_gib,
+    gpu_hour_price: Annotated[
+        float | None, typer.Option(help="of one GPU, for the price", metavar="NUMBER", min=0)
+    ] = None,
+    tokens_per_second: Annotated[
+        float | None,
+        typer.Option(help="read and written, by all replicas", metavar="NUMBER", min=1e-9),
+    ] = None,
+    json: Annotated[
+        str | None, typer.Option(help="write it as JSON; - is standard output", metavar="FILE")
+    ] = None,
+    _debug: Debug = False,
+) -> None:
+    from pipeline.estimate.estimate import estimate
+
+    found = estimate(
+        job_from_file(job), Assumptions(gpu_memory_gib, gpu_hour_price, tokens_per_second)
+    )
+    if json:
+        show_plan.write_json(found, json)
+    if json != "-":
+        show_plan.show_plan(found)
+
+
+@app.command(help=show_status.HELP)
+def status(
+    output: Annotated[str, typer.Argument(help="the output of a run", metavar="OUT")],
+    endpoint_url: Annotated[
+        str | None, typer.Option(help=Job.model_fields["endpoint_url"].description, metavar="TEXT")
+    ] = None,
+    _debug: Debug = False,
+) -> None:
+    from pipeline.status import status as look
+
+    show_status.show_status(look(absolute_address(output, Path.cwd()), endpoint_url))
 
 
 @app.command(help=_VERIFY)

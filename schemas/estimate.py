@@ -58,13 +58,14 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Throughput:
-    """tokens_per_second: read and written, by `gpus` GPUs together. origin: who says so, in words.
+    """tokens_per_second: read and written, by all replicas together; on no GPUs on CPU.
 
-    output_tokens: written for a row; a mean, or the most there can be.
+    output_tokens: written for a row; a mean, or the most there can be. origin: who says so.
     """
 
     tokens_per_second: float
     output_tokens: float
+    gpus: int
     origin: str
 
 

@@ -51,7 +51,8 @@ def estimate(job: Job, assumptions: Assumptions) -> Estimate:
         prompt_tokens=tokens,
         memory=_memory(job, model, tokens, usable, assumptions),
         throughput=throughput,
-        time=throughput and time_estimate(throughput, tokens.total, usable, job, assumptions),
+        time=throughput
+        and time_estimate(throughput, tokens.total, usable, assumptions.gpu_hour_price),
         assumptions=assumptions,
     )
 

@@ -1,45 +1,43 @@
 """How long the work will take, from what is known of the speed; nothing is made up here."""
 
-import json
-from typing import Any
-
 from pipeline.ledger import Ledger
 from pipeline.storage import list_flat
+from schemas.errors import LedgerError
 from schemas.estimate import Assumptions, Throughput, TimeEstimate
 from schemas.job import Job
-
-# What decides the speed and may differ between two runs on one output.
-_SPEED = ("device", "dtype", "pp", "replicas", "max_sequences", "chunk_tokens", "cache_gib")
+from schemas.report import Hardware, RunRecord
+from schemas.rows import Status
 
 
 def find_throughput(job: Job, ledger: Ledger | None, assumptions: Assumptions) -> Throughput | None:
-    """What the user says; else what the last run on this output with the same settings reached.
+    """What the user says; else what the last run on this output with as many ranks and replicas
+    reached. None when neither is known.
 
-    None when neither is known. ledger: of the output, when it holds this job's rows.
+    ledger: of the output, when it holds this job's rows.
     """
     measured = _last_run(job, ledger) if ledger else None
     if assumptions.tokens_per_second is None:
         return measured
-    written = measured.output_tokens if measured else job.max_new_tokens
-    source = "from the last run" if measured else "at most (--max-new-tokens)"
-    return Throughput(
-        assumptions.tokens_per_second,
-        written,
-        f"--tokens-per-second; {written:,.0f} tokens written for a row, {source}",
-    )
+    gpus = 0 if job.device == "cpu" else job.pp * job.replicas
+    origin = "--tokens-per-second"
+    if measured:
+        return Throughput(assumptions.tokens_per_second, measured.output_tokens, gpus, origin)
+    origin += "; as if every answer had --max-new-tokens"
+    return Throughput(assumptions.tokens_per_second, job.max_new_tokens, gpus, origin)
 
 
 def time_estimate(
-    throughput: Throughput, prompt_tokens: int, rows: float, job: Job, assumptions: Assumptions
+    throughput: Throughput, prompt_tokens: int, rows: float, gpu_hour_price: float | None
 ) -> TimeEstimate:
     """For `rows` usable images with `prompt_tokens` in all."""
     tokens = prompt_tokens + rows * throughput.output_tokens
     seconds = tokens / throughput.tokens_per_second
-    if job.device == "cpu":
+    if not throughput.gpus:
         return TimeEstimate(seconds, None, None)
-    gpu_hours = seconds / 3600 * job.pp * job.replicas
-    price = assumptions.gpu_hour_price
-    return TimeEstimate(seconds, gpu_hours, None if price is None else gpu_hours * price)
+    gpu_hours = seconds / 3600 * throughput.gpus
+    return TimeEstimate(
+        seconds, gpu_hours, None if gpu_hour_price is None else gpu_hours * gpu_hour_price
+    )
 
 
 def _last_run(job: Job, ledger: Ledger) -> Throughput | None:
@@ -51,20 +49,23 @@ def _last_run(job: Job, ledger: Ledger) -> Throughput | None:
 
 
 def _throughput(job: Job, ledger: Ledger, name: str) -> Throughput | None:
+    """None when the run did nothing, ran otherwise, or its record is of another version."""
     try:
-        told: dict[str, Any] = json.loads(ledger.read(f"runs/{name}"))
-        settings, summary = told["job"], told["summary"]
-        answered = sum(n for status, n in summary["rows"].items() if status != "failed")
-        tokens = summary["prompt_tokens"] + summary["output_tokens"]
-        speed = tokens / summary["seconds"]
-        written = summary["output_tokens"] / answered
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
-        return None  # damaged, of another version, or of a run that did nothing
-    if any(settings.get(key) != getattr(job, key) for key in _SPEED):
+        run = RunRecord.from_json(ledger.read(f"runs/{name}"), name)
+    except LedgerError:
         return None
-    run = name.removesuffix(".json")
+    tokens = run.prompt_tokens + run.output_tokens
+    answered = sum(n for status, n in run.rows.items() if status != Status.FAILED)
+    if not (tokens and answered and run.seconds and run.hardware and _alike(job, run.hardware)):
+        return None
     return Throughput(
-        speed,
-        written,
-        f"run {run} on this output, its start included; {written:,.0f} tokens written for a row",
+        tokens_per_second=tokens / run.seconds,
+        output_tokens=run.output_tokens / answered,
+        gpus=run.hardware.gpus,
+        origin=f"run {run.run} on this output, its start included",
     )
+
+
+def _alike(job: Job, hardware: Hardware) -> bool:
+    same_device = job.device in ("auto", hardware.device)
+    return same_device and (job.pp, job.replicas) == (hardware.ranks, hardware.replicas)
