@@ -36,7 +36,7 @@ class Progress:
         # nothing before the end in a dumb one.
         if self._console.is_interactive and self._console.file.isatty():
             self._live = Live(get_renderable=self.line, console=self._console, refresh_per_second=2)
-            self._live.start()
+            self._live.start(refresh=True)
         else:
             threading.Thread(target=self._print_lines, daemon=True).start()
         return self
@@ -55,6 +55,8 @@ class Progress:
 
     def start(self, pending_units: int, phase: str) -> None:
         self.pending_units, self.phase = pending_units, phase
+        if self._live is not None:
+            self._live.refresh()  # at once: starting Ray keeps the terminal for some seconds
 
     def generated(self, rows: int, failed: int, tokens: int) -> None:
         """Rows came back from the replicas; tokens counts prompts and answers."""

@@ -44,6 +44,16 @@ def test_a_log_is_not_filled_with_escape_codes_nor_a_dumb_terminal_left_silent(
     assert "\x1b[" not in file.getvalue()
 
 
+def test_a_terminal_shows_what_is_done_from_the_first_moment(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    file = io.StringIO()
+    monkeypatch.setattr(file, "isatty", lambda: True)
+    with Progress(Console(file=file, width=200)) as shown:
+        assert "listing the source" in file.getvalue()
+        shown.start(3, "starting Ray")
+        assert "starting Ray (3 units to do)" in file.getvalue()
+
+
 def test_the_wait_for_the_model_says_what_is_awaited():
     shown = Progress(plain_console())
     assert "listing the source" in str(shown.line())
