@@ -17,7 +17,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -220,7 +220,8 @@ class Ledger:
         """Removes unfinished files and parts that have no record, and brings replacements that
         were cut short to their end. Only for who has the lease."""
         for name in list_flat(self.fs, self._path("tmp")):
-            self.fs.rm_file(self._path(f"tmp/{name}"))
+            with suppress(FileNotFoundError):  # the lease's beat, or a run that will be refused
+                self.remove(f"tmp/{name}")
         self._settle_replacements()
         done = self.committed()
         for unit in list(self.parts()):

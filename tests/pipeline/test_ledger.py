@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import lease
+from pipeline import ledger as ledger_module
 from pipeline.ledger import Ledger
 from pipeline.plan import Plan, row_id, units_of
 from pipeline.verify import verify
@@ -121,6 +122,20 @@ def test_a_part_without_a_record_does_not_count(tmp_path):
     ledger.clean_up()
     assert sorted(ledger.parts()) == [0, 2]
     assert not (tmp_path / "out/_vl01/tmp/left-over").exists()
+
+
+def test_a_beat_of_the_lease_while_cleaning_up_does_not_stop_the_run(tmp_path, monkeypatch):
+    write_images(tmp_path / "in", 4)
+    ledger = run(job_of(tmp_path / "in", tmp_path / "out"))
+    list_flat = ledger_module.list_flat
+
+    def list_and_lose(fs, root, prefix=""):
+        gone = ["renamed-meanwhile"] if root.endswith("/tmp") else []
+        return iter([*gone, *list_flat(fs, root, prefix)])
+
+    monkeypatch.setattr(ledger_module, "list_flat", list_and_lose)
+    ledger.clean_up()
+    assert verify(ledger.output).ok
 
 
 def test_a_finished_run_does_nothing_when_started_again(tmp_path):
