@@ -96,7 +96,12 @@ def test_a_workers_configuration_error_keeps_its_words_and_its_exit_code():
     assert error.exit_code == ExitCode.USAGE
 
 
-@pytest.mark.parametrize("text", [NESTED.replace("schemas.errors.Config", "Value"), "no traceback"])
+DIED = "The actor died unexpectedly.\n\tclass_name: MapWorker\n\tpid: 7\nIt exited with 139."
+
+
+@pytest.mark.parametrize(
+    "text", [NESTED.replace("schemas.errors.Config", "Value"), "no traceback", DIED]
+)
 def test_any_other_error_of_a_worker_stops_the_run_in_one_line(text):
     error = plain_error(RayError(text))
     assert isinstance(error, EngineError)
