@@ -5,6 +5,7 @@ Text stays text, in the page's own font. Drawn with matplotlib, without its glob
 
 import io
 import re
+from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib
@@ -24,7 +25,7 @@ _COLOURS = {
     _ACCENT: "var(--accent)",
     _SOFT: "var(--soft)",
 }
-_STYLE: dict[Any, Any] = {
+_STYLE = {
     "svg.fonttype": "none",
     "font.size": 11,
     "axes.edgecolor": _LINE,
@@ -50,7 +51,7 @@ def histogram(name: str, values: Distribution) -> Markup:
     """Rows by value; the median as a line."""
     if not values.counts:
         return Markup("")
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+    with _style(name):
         figure, axes = _axes(NARROW)
         widths = [b - a for a, b in zip(values.edges, values.edges[1:], strict=False)]
         gap = 0.88 if len(widths) > 1 else 0.3
@@ -71,7 +72,7 @@ def throughput(values: Throughput, width: int) -> Markup:
     """Rows a second over the time that runs worked; a line where one run ended."""
     if not values.rows:
         return Markup("")
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": f"throughput-{width}"}):
+    with _style(f"throughput-{width}"):
         figure, axes = _axes(width)
         seconds = values.bin_seconds * len(values.rows)
         unit, name = next(
@@ -88,6 +89,12 @@ def throughput(values: Throughput, width: int) -> Markup:
         axes.set_xlim(0, edges[-1])
         axes.set_xlabel(f"{name} of work", loc="right")
         return _svg(figure, f"throughput-{width}")
+
+
+def _style(salt: str) -> AbstractContextManager[None]:
+    """salt: ids made of it are the same whenever the chart is drawn again."""
+    style: Any = _STYLE | {"svg.hashsalt": salt}
+    return matplotlib.rc_context(style)
 
 
 def _axes(width: int) -> tuple[Figure, Axes]:

@@ -69,20 +69,24 @@ def _template() -> Template:
     return environment.get_template("page.html.jinja")
 
 
+def _file(name: str) -> str:
+    return files("pipeline.report").joinpath(name).read_text("utf-8")
+
+
 def _rounded(number: float, digits: int = 0) -> str:
     return f"{number:,.{digits}f}".replace("-", "\u2212")
 
 
 def _share(part: float, whole: float) -> str:
-    """A percentage that is 0 % or 100 % only if it is exactly so."""
+    """A percentage that is 0% or 100% only if it is exactly so."""
     if not whole:
-        return "0 %"
+        return "0%"
     percent = 100 * part / whole
     if 0 < percent < 0.1:
-        return "< 0.1 %"
+        return "< 0.1%"
     if 99.9 < percent < 100:
-        return "> 99.9 %"
-    return f"{percent:.3g} %"
+        return "> 99.9%"
+    return f"{percent:.1f}%"
 
 
 def _fields(data: Any, name: str = "") -> list[tuple[str, str]]:
