@@ -103,9 +103,11 @@ class Committer:
             run=self._lease.run,
             committed_at=now(),
         )
-        self._lease.check()
         try:
+            self._lease.check()
             write(record, part)
+        except LedgerError:
+            raise
         except Exception as error:  # storage clients raise far more than OSError
             where = self._ledger.output
             raise LedgerError(f"cannot commit unit {unit} to {where}: {error}") from error

@@ -107,6 +107,18 @@ def test_a_full_disk_stops_the_run_with_a_clear_line(committer, monkeypatch):
         committer.add(rows(0, 0, 1, 2, 3))
 
 
+def test_a_storage_that_fails_before_a_commit_stops_the_run_with_a_clear_line(
+    committer, monkeypatch
+):
+    def asleep(*_):
+        raise RuntimeError("the storage is asleep")
+
+    with monkeypatch.context() as now:
+        now.setattr(Ledger, "read", asleep)
+        with pytest.raises(LedgerError, match=r"cannot commit unit 0.*asleep"):
+            committer.add(rows(0, 0, 1, 2, 3))
+
+
 def test_the_record_counts_statuses_and_reasons(committer):
     committer.add(rows(0, 0, text=None, finish_reason=None, reason="timeout", message="30 s"))
     committer.add(rows(0, 1, finish_reason="length"))
