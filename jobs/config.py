@@ -84,7 +84,7 @@ def absolute_address(address: str, folder: Path) -> str:
     """A local path made absolute, `~` filled in; an address with a scheme (`s3://`) as it is."""
     if "://" in address:
         return address
-    return os.path.abspath(folder / Path(address).expanduser())
+    return os.path.abspath(folder / os.path.expanduser(address))
 
 
 def _explain(details: ErrorDetails, name: Callable[[str], str]) -> str:
@@ -131,6 +131,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
         raise ConfigError(f"{path}{line} is not YAML: {problem}") from None
+    except ValueError as error:  # of a value that only looks like a date: 2024-13-45
+        raise ConfigError(f"{path} holds a value that is none: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no job; expected lines such as 'source: photos'")
     return {str(key): value for key, value in values.items()}

@@ -18,9 +18,11 @@ class Job(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     task: Literal["caption"] = "caption"
-    source: str = Field(description="a folder, a glob, a .tar, a .parquet, or one image")
-    output: str = Field(description="the folder of the dataset that is written")
-    model: str = Field(description="a checkpoint folder in VL-01's released layout")
+    source: str = Field(
+        min_length=1, description="a folder, a glob, a .tar, a .parquet, or one image"
+    )
+    output: str = Field(min_length=1, description="the folder of the dataset that is written")
+    model: str = Field(min_length=1, description="a checkpoint folder in VL-01's released layout")
 
     prompt: str = Field(min_length=1, description="what is asked of every image")
     system: str | None = Field(None, description="the system message, if any")

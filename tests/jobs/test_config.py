@@ -23,6 +23,14 @@ def refusal(folder: Path, text: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["source", "output", "model"])
+def test_an_empty_address_does_not_become_the_working_folder(tmp_path, key):
+    """As of `--output "$OUT"` where OUT is not set."""
+    lines = [line for line in REQUIRED.splitlines() if not line.startswith(key)]
+    message = refusal(tmp_path, "\n".join([*lines, f"{key}: ''"]))
+    assert message.endswith(f"{key} is ''; it should have at least 1 character")
+
+
 def test_a_misspelt_key_is_not_ignored(tmp_path):
     message = refusal(tmp_path, REQUIRED + "max_new_token: 5\n")
     assert message == (
@@ -75,6 +83,7 @@ def test_a_wrong_value_is_one_clear_line(tmp_path, line, expected):
         ("just words", "holds no job"),
         ("source: [a\n", "line 2 is not YAML"),
         ("source: a\n\tpp: 2\n", "line 2 is not YAML"),
+        ("output: 2024-13-45\n", "holds a value that is none: month must be in 1..12"),
     ],
 )
 def test_a_file_that_is_no_job_is_refused_by_name(tmp_path, text, expected):
@@ -113,6 +122,11 @@ def test_home_and_variables_are_filled_in(tmp_path, monkeypatch):
     assert job.source == "s3://photos/2024-05-01"
     assert job.output == "/home/ada/2024-05-01"
     assert job.model == str(tmp_path.parent / "ckpt")
+
+
+def test_the_home_of_nobody_is_a_path_that_is_not_there(tmp_path):
+    job = job_from_file(job_file(tmp_path, REQUIRED.replace("photos", "~nobody-here/photos")))
+    assert job.source == str(tmp_path / "~nobody-here" / "photos")
 
 
 def test_a_variable_that_is_not_set_does_not_become_a_folder_name(tmp_path, monkeypatch):
