@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def error(message: str, advice: str = "") -> None:
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, emoji=False)
     for line in message.splitlines():
         console.print(f"[bold red]vl01:[/] {escape(line)}", highlight=False)
     if advice:
@@ -63,7 +63,7 @@ def report(written: "Written") -> None:
 
 
 def _facts(facts: dict[str, str]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
     for name, value in facts.items():
         if value:
             console.print(f"[bold]{name:<8}[/] {escape(value)}")

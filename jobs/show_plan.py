@@ -61,7 +61,7 @@ def show_plan(plan: Estimate) -> None:
             "speed": _speed(plan),
             "time": _time(plan),
         }
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
     for name, value in facts.items():
         if value:
             console.print(f"[bold]{name:<8}[/] {escape(value)}")

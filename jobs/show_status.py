@@ -37,7 +37,7 @@ def show_status(status: "Status") -> None:
             "left": _left(status),
         }
     facts["run"] = _run(status)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
     for name, value in facts.items():
         if value:
             console.print(f"[bold]{name:<8}[/] {escape(value)}")

@@ -188,6 +188,14 @@ def test_the_summary_tells_rows_reasons_tokens_times_and_place(vl01, flow):
     assert "generate 58.5 s" in out
 
 
+def test_a_name_is_shown_as_it_is(vl01, flow):
+    """Rich would make a picture of :100: and take [b] for a style."""
+    flow.answer = EngineError("cannot write /data/:100:/[b]")
+    assert vl01(*CAPTION)[2] == "vl01: cannot write /data/:100:/[b]\n"
+    flow.answer = Summary("/data/:100:/[b]", units=3)
+    assert "/data/:100:/[b] (3 units" in vl01(*CAPTION)[1]
+
+
 def test_a_run_that_finds_nothing_to_do_says_so(vl01, flow):
     flow.answer = Summary("/data/captions", units=3)
     code, out, _ = vl01(*CAPTION)
