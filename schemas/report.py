@@ -110,14 +110,15 @@ class RunFigures:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Rows and tokens (read and written) committed in bins of the time that runs worked.
+    """Rows and tokens (read and written) in bins of the time that runs worked. A unit counts evenly
+    over the time since the commit before it, hence the fractions.
 
     Time between runs is left out; run_ends: where, in seconds, one run ended and the next began.
     """
 
     bin_seconds: float = 0.0
-    rows: tuple[int, ...] = ()
-    tokens: tuple[int, ...] = ()
+    rows: tuple[float, ...] = ()
+    tokens: tuple[float, ...] = ()
     run_ends: tuple[float, ...] = ()
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.ledger import Ledger
 from pipeline.plan import units_of
@@ -131,6 +131,8 @@ def _picture(row: dict[str, Any], exif_rotate: bool) -> tuple[str | None, str]:
         return None, row["message"] or row["reason"] or "no data"
     try:
         return thumbnail(row["data"], exif_rotate), ""
+    except UnidentifiedImageError:
+        return None, "not an image"
     except Exception as error:  # whatever a decoder does on damaged data, it costs one picture
         return None, f"cannot be shown: {error}"
 

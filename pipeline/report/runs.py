@@ -3,13 +3,15 @@
 import re
 from collections import Counter, defaultdict
 from datetime import UTC, datetime
+from itertools import accumulate
+
+import numpy as np
 
 from pipeline.ledger import Ledger
 from schemas.ledger import CommitRecord
 from schemas.report import Cost, RunFigures, RunRecord, Throughput
 
 _MOST_BINS = 60
-_COMMITS_PER_BIN = 2
 _STARTED = re.compile(r"(\d{8}T\d{6})Z-")
 
 
@@ -55,20 +57,19 @@ class Timeline:
         if not runs:
             return Throughput()
         seconds = sum(run.seconds for run in runs)
-        bins = max(1, min(_MOST_BINS, self._commits // _COMMITS_PER_BIN, int(seconds)))
-        width = seconds / bins
-        rows, tokens = [0] * bins, [0] * bins
-        ends: list[float] = []
-        for run in runs:
-            before = ends[-1] if ends else 0.0
-            start = int(datetime.fromisoformat(run.started_at).timestamp())
-            for second, count in self._rows[run.run].items():
-                at = before + min(second - start, run.seconds)
-                place = min(bins - 1, int(at / width))
-                rows[place] += count
-                tokens[place] += self._tokens[run.run][second]
-            ends.append(before + run.seconds)
-        return Throughput(width, tuple(rows), tuple(tokens), tuple(ends[:-1]))
+        bins = max(1, min(_MOST_BINS, self._commits // 2, int(seconds)))
+        edges = np.linspace(0.0, seconds, bins + 1)
+        rows, tokens = np.zeros(bins), np.zeros(bins)
+        ends = list(accumulate(run.seconds for run in runs))
+        for run, end in zip(runs, ends, strict=True):
+            rows += _per_bin(edges, run, end, self._rows[run.run])
+            tokens += _per_bin(edges, run, end, self._tokens[run.run])
+        return Throughput(
+            bin_seconds=seconds / bins,
+            rows=tuple(rows.round(2).tolist()),
+            tokens=tuple(tokens.round(2).tolist()),
+            run_ends=tuple(ends[:-1]),
+        )
 
 
 def run_records(ledger: Ledger) -> tuple[dict[str, RunRecord], list[str]]:
@@ -91,6 +92,17 @@ def cost(runs: list[RunFigures], gpu_hour_price: float | None) -> Cost | None:
     rows = sum(run.rows for run in on_gpus)
     total = hours * gpu_hour_price
     return Cost(gpu_hour_price, hours, total, total / rows * 1e6 if rows else None)
+
+
+def _per_bin(edges: np.ndarray, run: RunFigures, end: float, counts: Counter[int]) -> np.ndarray:
+    """What a run did in each bin. A unit is spread over the time since the commit before it: one
+    unit more or less in a bin would look like work going up and down."""
+    start = _second(run.started_at)
+    begin = end - run.seconds
+    seconds = sorted(counts)
+    times = [begin, *(min(begin + second + 1 - start, end) for second in seconds)]
+    done = [0, *accumulate(counts[second] for second in seconds)]
+    return np.diff(np.interp(edges, times, done))
 
 
 def _start(run: RunFigures) -> tuple[str, str]:

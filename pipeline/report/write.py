@@ -38,7 +38,7 @@ def write_report(
     try:
         ledger.write("report.json", report.to_json())
         ledger.write("report.html", page(report, ledger.job["job"], cells).encode())
-    except OSError as error:
+    except Exception as error:  # storage clients raise far more than OSError
         raise ConfigError(f"cannot write the report to {ledger.output}: {error}") from error
     return Written(report, f"{ledger.output}/_vl01/report.html")
 

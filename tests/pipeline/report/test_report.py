@@ -134,7 +134,7 @@ def test_numbers_are_those_of_the_dataset(mixed):
         assert (values["least"], values["most"]) == pytest.approx((column.min(), column.max()))
         middle = np.quantile(column, 0.5, method="inverted_cdf")
         assert values["median"] == pytest.approx(middle, abs=1e-3)
-    assert sum(told["throughput"]["rows"]) == 30
+    assert sum(told["throughput"]["rows"]) == pytest.approx(30, abs=0.1)
 
 
 def test_cost_is_measured_on_the_gpus_of_the_run(mixed):
@@ -155,7 +155,7 @@ def test_pictures_are_found_again_in_folders_tars_and_parquet_files(mixed):
     for source in ("shard.tar", "table.parquet"):
         assert sum(source in cell for cell in shown) >= 9
     missing = [cell for cell in cells if cell not in shown]
-    assert all("No picture: cannot be shown" in cell for cell in missing)
+    assert all("No picture: not an image" in cell for cell in missing)
 
 
 def test_a_picture_stands_beside_its_own_row(mixed):
