@@ -71,7 +71,7 @@ def ray_session(address: str) -> Iterator[None]:
     if started:
         try:
             _start_ray(address)
-        except ConnectionError as error:
+        except (ConnectionError, ValueError) as error:  # nobody there; no address at all
             raise ConfigError(
                 f"no Ray cluster answers at {address!r}: {error}. Expected local (start Ray on this"
                 " machine), auto, or the address of a running cluster."

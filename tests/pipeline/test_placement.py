@@ -5,7 +5,7 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline import placement
-from pipeline.placement import place, plain_error
+from pipeline.placement import place, plain_error, ray_session
 from schemas.errors import ConfigError, EngineError, ExitCode
 from schemas.job import Job
 
@@ -107,3 +107,8 @@ def test_any_other_error_of_a_worker_stops_the_run_in_one_line(text):
     assert isinstance(error, EngineError)
     assert error.exit_code == ExitCode.STOPPED
     assert len(str(error).splitlines()) == 1
+
+
+def test_an_address_that_is_none_is_a_clear_line():
+    with pytest.raises(ConfigError, match="no Ray cluster answers at 'foo'"), ray_session("foo"):
+        pass
