@@ -131,7 +131,7 @@ def _pace(records: Sequence[CommitRecord], now: datetime | None) -> Pace | None:
         for at, _, record in timed
         if record.run == run and (end - at).total_seconds() <= WINDOW_S
     ]
-    if not recent:
+    if len(recent) < 2:
         return None
     seconds = (end - recent[0][0]).total_seconds()
     if seconds <= 0:

@@ -89,9 +89,9 @@ def test_commits_of_an_earlier_run_do_not_count_for_the_pace_of_this_one(tmp_pat
     assert found.pace.rows_per_second == pytest.approx(4 / 30, rel=0.1)
 
 
-def test_a_run_that_commits_nothing_any_more_has_no_pace(tmp_path):
+def test_one_commit_in_the_last_minutes_makes_no_pace(tmp_path):
     ledger = begin(tmp_path)
-    for unit, ago in enumerate([5000, 4000]):
+    for unit, ago in enumerate([5000, 4000, 500]):
         commit(ledger, unit, ago)
     with Lease(ledger):
         found = status(str(tmp_path / "out"))
