@@ -211,7 +211,10 @@ def _retry(
         stored_job(output, endpoint_url), output, changes | {"endpoint_url": endpoint_url}
     )
     with _resumable():
-        show.retry(retry(job, Choice(frozenset(status), frozenset(reason))))
+        summary = retry(job, Choice(frozenset(status), frozenset(reason)))
+    show.retry(summary)
+    if summary.units:
+        report_after_run(job, summary.planned_units)
 
 
 app.command("retry", help=_RETRY)(with_changes(_retry))

@@ -34,6 +34,7 @@ class RetrySummary:
 
     output: str
     units: int  # that hold such rows
+    planned_units: int  # in all
     again: int = 0
     added: int = 0
     rows: dict[str, int] = field(default_factory=dict)  # by status
@@ -62,6 +63,7 @@ class Replacer(Committer):
         return RetrySummary(
             output=self._ledger.output,
             units=len(self._units),
+            planned_units=self._ledger.totals.units,
             again=self._again,
             added=self._added,
             rows=dict(self._rows),

@@ -71,7 +71,9 @@ def retry(job: Job, choice: Choice) -> RetrySummary:
     source = open_source(job.source, job.endpoint_url)
     ledger = Ledger(job.output, job.endpoint_url)
     ledger.prepare()
-    with Stop(job.grace_seconds) as stop, Lease(ledger) as lease, Progress() as progress:
+    progress = Progress()
+    progress.phase = "looking for the rows to do again"
+    with Stop(job.grace_seconds) as stop, Lease(ledger) as lease, progress:
         ledger.resume(job.fingerprint(checkpoint_revision(job.model)))
         ledger.clean_up()
         pending = chosen(ledger, choice)

@@ -1,0 +1,108 @@
+"""`vl01 retry`: the job is the one that wrote OUT, and only where and how fast may be changed."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from jobs.cli import main
+from pipeline.replacer import RetrySummary
+from schemas.errors import ExitCode, StoppedError
+from schemas.job import WHERE_AND_HOW_FAST, Job
+
+STORED = Job.model_validate(
+    {"source": "/photos", "output": "/elsewhere", "model": "/ckpt", "prompt": "?", "pp": 2}
+    | {"keep": ("url",), "seed": 7}
+)
+DONE = RetrySummary("/out", 3, 9, again=30, rows={"ok": 20, "failed": 10}, reasons={"timeout": 10})
+
+
+@pytest.fixture
+def vl01(capsys, monkeypatch):
+    """Runs `vl01 retry`; returns exit code, both outputs, and what pipeline.retry was asked for."""
+    asked = []
+    stand_in = SimpleNamespace(answer=DONE)
+
+    def retry(job, choice):
+        asked.append((job, choice))
+        if isinstance(stand_in.answer, BaseException):
+            raise stand_in.answer
+        return stand_in.answer
+
+    stand_in.retry, stand_in.Choice = retry, lambda *chosen: chosen
+    stand_in.stored_job = lambda output, endpoint_url: STORED.model_dump(mode="json")
+    monkeypatch.setitem(sys.modules, "pipeline.retry", stand_in)
+    monkeypatch.setattr("jobs.cli.report_after_run", lambda *_: None)
+
+    def run(*arguments: str, answer: object = DONE):
+        stand_in.answer = answer
+        with pytest.raises(SystemExit) as leaving:
+            main(["retry", *arguments])
+        captured = capsys.readouterr()
+        return leaving.value.code or ExitCode.OK, captured.out, captured.err, asked
+
+    return run
+
+
+def test_the_job_is_the_stored_one_in_its_place_of_today(vl01):
+    code, out, _, asked = vl01("/out")
+    assert code == ExitCode.OK
+    assert asked == [
+        (STORED.model_copy(update={"output": "/out"}), (frozenset({"failed"}), frozenset()))
+    ]
+    assert "30 rows in 3 units" in out
+    assert "20 of 30 are ok: 20 ok, 10 failed" in out
+    assert "10 timeout" in out
+
+
+def test_where_and_how_fast_may_be_changed(vl01):
+    flags = [
+        "--pp",
+        "4",
+        "--decode-seconds",
+        "120",
+        "--model",
+        "/new",
+        "--endpoint-url",
+        "http://localhost:1",
+    ]
+    chosen = ["--status", "truncated", "--status", "failed", "--reason", "timeout"]
+    _, _, _, ((job, choice),) = vl01("/out", *flags, *chosen)
+    changes = {"output": "/out", "pp": 4, "decode_seconds": 120.0, "model": "/new"}
+    assert job == STORED.model_copy(update=changes | {"endpoint_url": "http://localhost:1"})
+    assert choice == (frozenset({"truncated", "failed"}), frozenset({"timeout"}))
+
+
+def test_what_decides_the_text_may_not_be_changed(vl01):
+    _, out, _, _ = vl01("--help")
+    for key in Job.model_fields:
+        allowed = key in WHERE_AND_HOW_FAST - {"output", "strict", "max_failure_rate"}
+        assert (f"--{key.replace('_', '-')} " in out) == allowed, key
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--prompt", "x"], "No such option: --prompt"),
+        (["--status", "ok"], "rows that are ok are not done again"),
+        (["--status", "bad"], "'bad' is not one of"),
+        (["--reason", "bad"], "'bad' is not one of"),
+        (["--pp", "0"], "--pp is '0'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(vl01, flags, expected):
+    code, _, err, asked = vl01("/out", *flags)
+    assert (code, asked) == (ExitCode.USAGE, [])
+    assert expected in err.splitlines()[0]
+
+
+def test_a_retry_that_was_stopped_exits_1(vl01):
+    code, _, err, _ = vl01("/out", answer=StoppedError("stopped by SIGTERM: 1 of 3 units"))
+    assert code == ExitCode.STOPPED
+    assert "stopped by SIGTERM" in err
+
+
+def test_a_dataset_without_such_rows_says_so(vl01):
+    code, out, _, _ = vl01("/out", answer=RetrySummary("/out", 0, 9))
+    assert code == ExitCode.OK
+    assert "none is to be done again" in out
