@@ -24,6 +24,7 @@ from pipeline.read import ReadSettings, read_units
 from pipeline.report import Written, write_report
 from pipeline.sources import open_source
 from schemas.errors import ConfigError
+from schemas.job import Job
 from schemas.report import Hardware, RunRecord
 from schemas.rows import GENERATED
 from tests.pipeline.fake_run import job_of
@@ -61,9 +62,12 @@ def answered(rows: pa.Table, text: str) -> pa.Table:
 
 def dataset(folder: Path, text: str = "a picture", recorded: bool = True) -> Ledger:
     """The dataset of a finished run over folder/in."""
-    job = job_of(folder / "in", folder / "out")
-    source = open_source(job.source)
-    ledger = Ledger(job.output)
+    return finished(job_of(folder / "in", folder / "out"), text, recorded)
+
+
+def finished(job: Job, text: str = "a picture", recorded: bool = True) -> Ledger:
+    source = open_source(job.source, job.endpoint_url)
+    ledger = Ledger(job.output, job.endpoint_url)
     ledger.prepare()
     with Lease(ledger) as held:
         fingerprint = job.fingerprint("revision")
