@@ -30,7 +30,11 @@ class Residual:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Sizes and constants of the text backbone. `layer_types[i]` belongs to global layer i."""
+    """Sizes and constants of the text backbone. `layer_types[i]` belongs to global layer i.
+
+    `max_position_embeddings` is not read: rotary angles are computed for any position, and the
+    released value is said to be 8,192, which an A4 page and its answer exceed.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -41,7 +45,6 @@ class TextConfig:
     head_dim: int
     rotary_dim: int
     rope_theta: float
-    max_position_embeddings: int
     num_experts: int
     experts_per_token: int
     rms_norm_eps: float
@@ -194,7 +197,6 @@ def _text_config(text: _Section) -> TextConfig:
         head_dim=head_dim,
         rotary_dim=text.get("rotary_dim", default=int(head_dim * rotary_factor)),
         rope_theta=float(text.need("rope_theta") if theta is None else theta),
-        max_position_embeddings=text.need("max_position_embeddings"),
         num_experts=text.need("num_local_experts", "num_experts"),
         experts_per_token=text.need("num_experts_per_tok"),
         rms_norm_eps=text.get("rms_norm_eps", default=1e-5),

@@ -153,7 +153,7 @@ def place(job: Job) -> Placement:
         prepare_cpus=_prepare_cpus(cores, prepare_workers),
         threads=None if on_gpu else max(1, cores // (job.pp * job.replicas)),
         max_sequences=max_sequences,
-        chunk_tokens=job.chunk_tokens or (8192 if on_gpu else 2048),
+        chunk_tokens=job.chunk_tokens or (16384 if on_gpu else 2048),
         batch_rows=batch_rows,
         calls=HELD_PER_SEQUENCE * CALLS_PER_SEQUENCES,
     )

@@ -77,7 +77,6 @@ class Engine:
             Memory(self.capacity),
             chunk_tokens=config.chunk_tokens,
             microbatches=config.ranks,
-            max_tokens=self._model.text.max_position_embeddings,
             ahead=config.plans_ahead,
         )
         self._live: dict[int, _Live] = {}

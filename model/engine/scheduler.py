@@ -35,8 +35,7 @@ class Scheduler:
     """Owns every unfinished sequence: waiting, running (with memory) or preempted (on the host).
 
     memory: the slots and blocks to give out. chunk_tokens: most tokens of a microbatch, at least
-    two blocks. microbatches: how many the ranks work on at once. max_tokens: the longest sequence
-    the model takes. ahead: plan one more microbatch than the ranks work on.
+    two blocks. microbatches: how many the ranks work on at once. ahead: plan one more than that.
     """
 
     def __init__(
@@ -45,13 +44,11 @@ class Scheduler:
         *,
         chunk_tokens: int,
         microbatches: int,
-        max_tokens: int,
         ahead: bool = False,
     ) -> None:
         self._memory = memory
         self._chunk_tokens = chunk_tokens
         self._microbatches = microbatches
-        self._max_tokens = max_tokens
         self._ahead = ahead
         self._waiting: dict[int, Sequence] = {}
         self._running: dict[int, Sequence] = {}
@@ -77,10 +74,6 @@ class Scheduler:
         """
         total = prompt_tokens + max_new_tokens
         sizes = f"{prompt_tokens} prompt tokens and up to {max_new_tokens} new ones"
-        if total > self._max_tokens:
-            raise RowError(
-                Reason.PROMPT_TOO_LONG, f"{sizes}; the model takes {self._max_tokens} in all"
-            )
         # The last token that is sampled is never computed.
         if blocks_for(total - 1) > self._memory.capacity.blocks:
             fits = self._memory.capacity.blocks * BLOCK_TOKENS

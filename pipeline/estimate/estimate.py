@@ -35,7 +35,7 @@ def estimate(job: Job, assumptions: Assumptions) -> Estimate:
     resumes = ledger.resume(job.fingerprint(checkpoint_revision(job.model)))
     units = _pending(ledger) if resumes else _planned(source, job)
     kinds = survey(units, _header_reader(job, source, model))
-    tiles, prompts, reasons = _reckon(job, model, kinds)
+    tiles, prompts, reasons = _reckon(model, kinds)
     usable = sum(weight for _, weight in prompts)
     tokens = spread(prompts)
     throughput = find_throughput(job, ledger if resumes else None, assumptions)
@@ -86,18 +86,15 @@ _Weighted = list[tuple[int, float]]  # a count of a row, and how many rows it st
 
 
 def _reckon(
-    job: Job, model: Model, kinds: Mapping[UnitKind, Survey]
+    model: Model, kinds: Mapping[UnitKind, Survey]
 ) -> tuple[_Weighted, _Weighted, dict[str, float]]:
     """Tiles and prompt tokens of the rows that will be answered, reasons of those that fail."""
-    longest = model.config.text.max_position_embeddings - job.max_new_tokens
     words = len(model.template.prefix_ids) + len(model.template.suffix_ids)
     tiles, prompts = [], []
     reasons: defaultdict[str, float] = defaultdict(float)
     for what, weight in (seen for kind in kinds.values() for seen in kind.seen):
         if isinstance(what, Reason):
             reasons[what.value] += weight
-        elif words + what.tokens > longest:
-            reasons[Reason.PROMPT_TOO_LONG.value] += weight
         else:
             tiles.append((what.tiles, weight))
             prompts.append((words + what.tokens, weight))

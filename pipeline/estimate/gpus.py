@@ -32,7 +32,7 @@ def engine_config(job: Job) -> EngineConfig:
         device="cpu" if on_cpu else "cuda",
         dtype=job.dtype,
         quantization=job.quantization,
-        chunk_tokens=job.chunk_tokens or (2048 if on_cpu else 8192),
+        chunk_tokens=job.chunk_tokens or (2048 if on_cpu else 16384),
         max_sequences=job.max_sequences,
         cache_bytes=None if job.cache_gib is None else int(job.cache_gib * _GIB),
     )

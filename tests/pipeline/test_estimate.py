@@ -147,13 +147,6 @@ def test_limits_of_bytes_and_pixels_are_foretold(tmp_path, job):
     check_against_a_run(told, small)
 
 
-def test_prompts_that_the_model_cannot_take_are_foretold(tmp_path, job):
-    write_folder(tmp_path / "source", good_images(5))
-    longest = load_config(job.model).text.max_position_embeddings
-    told = plan(job.model_copy(update={"max_new_tokens": longest}))
-    assert told.reasons == {Reason.PROMPT_TOO_LONG: 5}
-
-
 def test_a_sample_says_so_and_is_near_and_the_same_each_time(tmp_path, job, monkeypatch):
     images = good_images(160)
     write_folder(tmp_path / "source" / "loose", images)

@@ -13,6 +13,7 @@ from model.engine.engine import Engine
 from model.engine.memory import Capacity
 from model.engine.rank import Rank
 from model.engine.rank_in_process import RankInProcess
+from model.layers.ragged import BLOCK_TOKENS
 from schemas.errors import ConfigError, EngineError, Reason, RowError
 from schemas.requests import FinishReason, Sampling
 from tests.model.engine.conftest import (
@@ -117,13 +118,23 @@ def test_the_end_of_text_token_ends_a_text_and_is_not_in_it(checkpoint, engine, 
         assert result.text == other._tokenizer.decode(whole.token_ids[: length - 1])
 
 
-def test_a_row_that_can_never_fit_is_refused_and_hurts_no_other(engine, requests, expected, model):
-    longest = model.text.max_position_embeddings
+def test_a_row_that_can_never_fit_is_refused_and_hurts_no_other(engine, requests, expected):
+    longest = engine.capacity.blocks * BLOCK_TOKENS + 1
     with pytest.raises(RowError, match=f"{longest} prompt tokens") as refused:
         engine.add(text_request("long", longest, max_new_tokens=1))
     assert refused.value.reason == Reason.PROMPT_TOO_LONG
     (result,) = engine.generate(requests[:1])
     assert result.token_ids == expected[result.id]
+
+
+def test_a_prompt_longer_than_the_configured_positions_is_not_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with Engine(_config(tmp_path)) as engine:
+        (result,) = engine.generate([text_request("page", 100, max_new_tokens=2)])
+    assert result.prompt_tokens == 100
 
 
 def test_image_tokens_that_do_not_match_the_image_are_refused_with_both_numbers(engine, requests):
