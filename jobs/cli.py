@@ -89,6 +89,7 @@ needs no model.
 
 [bold]Exit codes[/bold]
   0  every row is there once
+  1  the ledger itself cannot be read
   2  OUT is not the output of a run
   4  rows missing or twice, or a part is damaged"""
 
