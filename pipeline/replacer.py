@@ -130,7 +130,7 @@ def merge(old: pa.Table, new: pa.Table, unit: Unit, kept: list[str]) -> pa.Table
         keeps.append(i if status[n] == Status.FAILED else takes[-1])
         tries.append(attempts[i] if n == i else (attempts[i] or 0) + (attempts[n] or 0))
     if missing is not None:
-        found = [came[row] for row in came if row not in set(known)]
+        found = sorted(came[row] for row in came.keys() - set(known))
         takes, keeps = takes + found, keeps + found
         tries += [attempts[i] for i in found]
 

@@ -81,9 +81,9 @@ def retry(job: Job, choice: Choice) -> RetrySummary:
         if pending.num_rows:
             progress.start(pending.num_rows, "starting Ray, loading the model, doing rows again")
             read = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept)
-            tally = Tally(progress)
-            with tally.recorded(ledger, lease.run):
-                work(job, model, read, pending, replacer, tally, stop)
+            # Without a record of the run: commit records tell of whole units, and a pace reckoned
+            # from them would be far above that of the few rows that are done here.
+            work(job, model, read, pending, replacer, Tally(progress), stop)
         if replacer.left:
             raise EngineError(
                 f"{replacer.left:,} of {pending.num_rows:,} units are not done again; the same"
