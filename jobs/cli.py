@@ -17,7 +17,7 @@ from rich.markup import escape
 from jobs import show, show_plan, show_status
 from jobs.bench import cli as bench
 from jobs.config import TASKS, absolute_address, job_from_file, job_from_flags, job_of_retry
-from jobs.flags import with_changes, with_flags
+from jobs.flags import EndpointUrl, with_changes, with_flags
 from jobs.report import HELP as _REPORT
 from jobs.report import report, report_after_run
 from jobs.task import Task
@@ -197,9 +197,7 @@ def _retry(
     reason: Annotated[
         list[Reason], typer.Option(help="only rows with this; may be repeated", metavar="REASON")
     ] = [],  # noqa: B006
-    endpoint_url: Annotated[
-        str | None, typer.Option(help=Job.model_fields["endpoint_url"].description, metavar="TEXT")
-    ] = None,
+    endpoint_url: EndpointUrl = None,
     _debug: Debug = False,
     **changes: str | None,
 ) -> None:
@@ -253,9 +251,7 @@ def plan(
 @app.command(help=show_status.HELP)
 def status(
     output: Annotated[str, typer.Argument(help="the output of a run", metavar="OUT")],
-    endpoint_url: Annotated[
-        str | None, typer.Option(help=Job.model_fields["endpoint_url"].description, metavar="TEXT")
-    ] = None,
+    endpoint_url: EndpointUrl = None,
     _debug: Debug = False,
 ) -> None:
     from pipeline.status import status as look
@@ -267,9 +263,7 @@ def status(
 def verify(
     output: Annotated[str, typer.Argument(help="the output of a run", metavar="OUT")],
     deep: Annotated[bool, typer.Option("--deep", help="read every part too", metavar="")] = False,
-    endpoint_url: Annotated[
-        str | None, typer.Option(help=Job.model_fields["endpoint_url"].description, metavar="TEXT")
-    ] = None,
+    endpoint_url: EndpointUrl = None,
     _debug: Debug = False,
 ) -> None:
     from pipeline.verify import verify as check

@@ -14,6 +14,11 @@ from jobs.config import flag
 from jobs.task import Task
 from schemas.job import WHERE_AND_HOW_FAST, Job
 
+# For the commands that know an output and no job.
+EndpointUrl = Annotated[
+    str | None, typer.Option(help=Job.model_fields["endpoint_url"].description, metavar="TEXT")
+]
+
 # The panel of the help that shows a key; a key in none of them stands with --help.
 _PANELS = {
     "Input and output": "output image_column keep unit_rows max_pixels max_bytes decode_seconds "

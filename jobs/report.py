@@ -7,6 +7,7 @@ import typer
 
 from jobs import show
 from jobs.config import absolute_address
+from jobs.flags import EndpointUrl
 from schemas.job import Job
 
 HELP = """Write a report on OUT: one page that shows what came out and how.
@@ -33,9 +34,6 @@ Seed = Annotated[int, typer.Option(help="another seed shows other rows", min=0, 
 Price = Annotated[
     float | None,
     typer.Option(help="price of a GPU for an hour: tells the cost", min=0.0, metavar="NUMBER"),
-]
-EndpointUrl = Annotated[
-    str | None, typer.Option(help=Job.model_fields["endpoint_url"].description, metavar="TEXT")
 ]
 
 
