@@ -48,6 +48,7 @@ given again.
 [bold]Examples[/bold]
   vl01 plan job.yaml
   vl01 caption photos --output captions --model /models/vl01 --pp 8
+  vl01 ocr scans --output texts --model /models/vl01 --pp 8
   vl01 status captions
   vl01 verify captions
   vl01 retry captions --status failed

@@ -14,12 +14,12 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from jobs import caption
+from jobs import caption, ocr
 from jobs.task import Task
 from schemas.errors import ConfigError
 from schemas.job import Job
 
-TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK,)}
+TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK, ocr.TASK)}
 
 ADDRESSES = ("source", "output", "model")  # keys that hold a local path or an fsspec address
 

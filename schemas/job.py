@@ -17,7 +17,7 @@ class Job(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    task: Literal["caption"] = "caption"
+    task: Literal["caption", "ocr"] = "caption"
     source: str = Field(
         min_length=1, description="a folder, a glob, a .tar, a .parquet, or one image"
     )

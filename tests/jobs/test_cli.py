@@ -75,7 +75,7 @@ def test_a_stranger_finds_the_way_from_the_top_level_help(vl01):
     assert unwrapped in [line.strip() for line in out.splitlines()]
 
 
-@pytest.mark.parametrize("command", ["caption", "run", "verify"])
+@pytest.mark.parametrize("command", ["caption", "ocr", "run", "verify"])
 def test_every_command_explains_itself(vl01, command):
     code, out, _ = vl01(command, "--help")
     assert code == 0
@@ -92,6 +92,13 @@ def test_every_key_of_a_job_is_a_flag_with_its_description_and_default(vl01):
             assert (field.description or "").split(";")[0].split()[0] in words
     assert "[default: 256]" in words
     assert "Describe this image" in words
+
+
+def test_ocr_brings_its_own_prompt_and_a_budget_for_a_page(vl01, flow):
+    assert vl01("ocr", "scans", "--output", "out", "--model", "ckpt")[0] == 0
+    job = flow.jobs[0]
+    assert (job.task, job.max_new_tokens) == ("ocr", 4096)
+    assert "as Markdown" in job.prompt
 
 
 def test_flags_arrive_in_the_job(vl01, flow):
