@@ -17,6 +17,7 @@ class Sampling:
 
     temperature 0 is greedy; top_p 1 keeps the whole vocabulary. `stop` strings end the text and
     are not part of it. The draw for a token depends on `seed` and the token's position alone.
+    `json_schema`: JSON text of the schema that the answer must follow, as JSON without whitespace.
     """
 
     max_new_tokens: int = 256
@@ -24,6 +25,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -54,7 +56,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """The answer to a request. `mean_logprob` is over the written tokens, at temperature 1."""
+    """The answer to a request.
+
+    token_ids: every written token, also the end-of-text token and those of a stop string.
+    token_logprobs: of each of them, at temperature 1 and over the whole vocabulary: what the model
+        itself gave it, also where a schema left it no choice. mean_logprob: their mean.
+    token_ends: the length of the text in characters once that token is written. Within a character
+        that takes several tokens it grows with the first of them.
+    """
 
     id: str
     text: str
@@ -62,3 +71,5 @@ class Result:
     finish_reason: FinishReason
     prompt_tokens: int
     mean_logprob: float
+    token_logprobs: tuple[float, ...]
+    token_ends: tuple[int, ...]

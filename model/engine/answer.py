@@ -8,12 +8,15 @@ from schemas.requests import FinishReason, Sampling
 # special tokens, which make none: allow for a few of them.
 _SPECIAL_TOKENS_WITHIN = 8
 
+_CUT_SHORT = "\ufffd"  # how a character shows of which bytes are missing
+
 
 class Answer:
     """Grows by a token at a time until the end-of-text token, a stop string or max_new_tokens.
 
-    decode: token ids to text. Every written token counts, in `token_ids` and in `mean_logprob`:
-    also the end-of-text token, which is not part of the text, and those of a stop string.
+    decode: token ids to text. Every written token counts, in `token_ids`, `logprobs` and
+    `token_ends`: also the end-of-text token, which is not part of the text, and those of a stop
+    string.
     """
 
     def __init__(
@@ -23,18 +26,18 @@ class Answer:
         decode: Callable[[Sequence[int]], str],
     ) -> None:
         self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
         self.finish_reason: FinishReason | None = None
         self._sampling = sampling
         self._eos_token_ids = frozenset(eos_token_ids)
         self._decode = decode
-        self._logprob_sum = 0.0
         longest = max((len(stop.encode()) for stop in sampling.stop), default=0)
         self._window = longest + _SPECIAL_TOKENS_WITHIN
 
     def append(self, token: int, logprob: float) -> FinishReason | None:
         """Add a token; the reason why it was the last one, or None."""
         self.token_ids.append(token)
-        self._logprob_sum += logprob
+        self.logprobs.append(logprob)
         if token in self._eos_token_ids or self._stop_string_ends_here():
             self.finish_reason = FinishReason.STOP
         elif len(self.token_ids) == self._sampling.max_new_tokens:
@@ -50,7 +53,21 @@ class Answer:
 
     @property
     def mean_logprob(self) -> float:
-        return self._logprob_sum / len(self.token_ids)
+        return sum(self.logprobs) / len(self.logprobs)
+
+    @property
+    def token_ends(self) -> list[int]:
+        """The length of the text, in characters, once each token was written."""
+        ends, length, pending = [], 0, []
+        longest = len(self.text)
+        for id in self.token_ids:
+            if id not in self._eos_token_ids:
+                pending.append(id)
+            piece = self._decode(pending)
+            ends.append(min(length + len(piece), longest))
+            if not piece.endswith(_CUT_SHORT):  # what is whole is decoded once
+                length, pending = length + len(piece), []
+        return ends
 
     def _stop_string_ends_here(self) -> bool:
         """Looks at the last tokens first: decoding everything at each token is quadratic."""

@@ -230,4 +230,6 @@ def _result(live: _Live) -> Result:
         finish_reason=answer.finish_reason,
         prompt_tokens=len(live.request.token_ids),
         mean_logprob=answer.mean_logprob,
+        token_logprobs=tuple(answer.logprobs),
+        token_ends=tuple(answer.token_ends),
     )

@@ -48,6 +48,8 @@ class FakeEngine:
                 finish_reason=FinishReason.LENGTH if length else FinishReason.STOP,
                 prompt_tokens=request.token_ids.size,
                 mean_logprob=-0.5,
+                token_logprobs=(-0.5, -0.5, -0.5),
+                token_ends=(1, 2, len(text)),
             )
         ]
 

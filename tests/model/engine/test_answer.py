@@ -56,6 +56,25 @@ def test_a_stop_string_is_found_however_tokens_cut_it_even_inside_a_character(te
     assert (answer.finish_reason == FinishReason.STOP) == any(stop in text for stop in stops)
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    pieces=st.lists(
+        st.sampled_from(
+            [b"a", b" bc", b"\xe2", b"\x82", b"\xac", b"\xf0\x9f", b"\xff", b"\xef\xbf\xbd"]
+        ),
+        min_size=1,
+        max_size=30,
+    ),
+    stops=st.lists(st.sampled_from(["€", "b", "\ufffd", "ca"]), max_size=1),
+)
+def test_each_token_ends_where_the_text_ended_when_it_was_written(pieces, stops):
+    answer = _write(pieces, [*range(len(pieces)), END], stop=tuple(stops), max_new_tokens=99)
+    prefixes = [answer.token_ids[: n + 1] for n in range(len(answer.token_ids))]
+    texts = [_cut_slowly(_vocabulary(pieces)(ids), stops) for ids in prefixes]
+    assert answer.token_ends == [min(len(text), len(answer.text)) for text in texts]
+    assert answer.token_ends[-1] == len(answer.text)
+
+
 def test_a_stop_string_is_found_across_tokens_that_stand_for_no_text():
     answer = _write([b"x S", b"TO", b"P y"], [0, 1, SILENT, SILENT, 2], stop=("STOP",))
     assert answer.text == "x "

@@ -104,6 +104,20 @@ def test_a_text_ends_at_its_length_and_says_so(engine):
     assert result.mean_logprob < 0
 
 
+def test_every_token_has_its_logprob_and_its_place_in_the_text(engine, requests):
+    for result in engine.generate(requests):
+        assert len(result.token_logprobs) == len(result.token_ends) == len(result.token_ids)
+        assert max(result.token_logprobs) < 0
+        assert sum(result.token_logprobs) == pytest.approx(
+            result.mean_logprob * len(result.token_ids)
+        )
+        decode = engine._tokenizer.decode
+        written = [id for id in result.token_ids if id not in engine._model.eos_token_ids]
+        texts = [decode(written[: n + 1]) for n in range(len(result.token_ids))]
+        assert result.token_ends == tuple(map(len, texts))
+        assert result.token_ends[-1] == len(result.text)
+
+
 def test_the_end_of_text_token_ends_a_text_and_is_not_in_it(checkpoint, engine, tmp_path):
     request = text_request("end", 20, max_new_tokens=40, temperature=1.0, seed=9)
     (whole,) = engine.generate([request])
