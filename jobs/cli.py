@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.markup import escape
 
-from jobs import show, show_plan, show_status
+from jobs import show, show_plan, show_status, submit
 from jobs.bench import cli as bench
 from jobs.config import TASKS, absolute_address, job_from_file, job_from_flags, job_of_retry
 from jobs.flags import EndpointUrl, with_changes, with_flags
@@ -181,12 +181,26 @@ for _task in TASKS.values():
     app.command(_task.name, help=_task_help(_task))(_task_command(_task))
 
 
+JobFile = Annotated[
+    Path, typer.Argument(help="the job, in YAML; - is standard input", metavar="JOB.yaml")
+]
+
+
 @app.command("run", help=_RUN)
-def run_file(
-    job: Annotated[Path, typer.Argument(help="the job, in YAML", metavar="JOB.yaml")],
+def run_file(job: JobFile, _debug: Debug = False) -> None:
+    _run(job_from_file(job))
+
+
+@app.command("submit", help=submit.HELP)
+def submit_file(
+    job: JobFile,
+    address: Annotated[str, typer.Option(help="the cluster's job server", metavar="ADDR")],
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="follow the run to its end", metavar="")
+    ] = True,
     _debug: Debug = False,
 ) -> None:
-    _run(job_from_file(job))
+    raise typer.Exit(submit.submit(job_from_file(job), address, wait, show.passed_on))
 
 
 def _retry(

@@ -6,7 +6,9 @@ Knows keys and values; whether paths, checkpoint and hardware are really there i
 import difflib
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ def job_from_file(path: str | Path) -> Job:
     """The job in a YAML file: a mapping of Job's keys.
 
     Its relative paths start at the folder of the file, so that the file means the same wherever
-    it is run from. `~` and `$VARIABLE` are filled in in source, output and model.
+    it is run from. `~` and `$VARIABLE` are filled in in source, output and model. The path `-` is
+    standard input; its relative paths start at the working folder.
     Raises ConfigError, which names the file and the keys.
     """
     path = Path(path)
@@ -120,7 +123,7 @@ class _Loader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with nullcontext(sys.stdin) if path == Path("-") else path.open(encoding="utf-8") as file:
             values = yaml.load(file, _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None

@@ -21,6 +21,11 @@ def error(message: str, advice: str = "") -> None:
         console.print(escape(advice), style="dim", highlight=False)
 
 
+def passed_on(text: str) -> None:
+    """What a run elsewhere says, as it comes."""
+    print(text, end="", flush=True)
+
+
 def summary(result: Summary) -> None:
     """Rows by status, tokens, time in each stage, where the output is."""
     facts = {"output": f"{result.output} ({result.units:,} units, all committed)"}
