@@ -33,8 +33,8 @@ from pipeline.storage import (
     PatientFile,
     full_address,
     is_local,
+    list_files,
     list_flat,
-    list_names,
     make_folder,
     open_fs,
     patiently,
@@ -100,7 +100,7 @@ class Ledger:
     def _refuse_foreign_rows(self) -> None:
         if not self.fs.isdir(self.root):
             return
-        for name in list_names(self.fs, self.root, lambda folder: folder != "_vl01"):
+        for name, *_ in list_files(self.fs, self.root, lambda folder: folder != "_vl01"):
             if name.endswith(".parquet") and not name.startswith("_vl01/"):
                 raise ConfigError(
                     f"{self.output} already holds Parquet files that are not of this tool "

@@ -74,7 +74,7 @@ class Plan:
         images: list[str] = []
         parquets: list[str] = []
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-            for name in self._source.names():
+            for name in (file.name for file in self._source.files()):
                 kind = kind_of(name)
                 if kind is UnitKind.PARQUET:
                     parquets.append(name)

@@ -1,6 +1,6 @@
 """What SOURCE means: the image files, tar shards and Parquet files behind an address, in one order.
 
-Lists names only. What is inside a file is for plan.py and read.py.
+Lists files only. What is inside of one is for plan.py and read.py.
 """
 
 import re
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fsspec import AbstractFileSystem
 from fsspec.utils import glob_translate
 
-from pipeline.storage import full_address, list_names, open_fs
+from pipeline.storage import SourceFile, full_address, list_files, open_fs, stat_file
 from schemas.errors import ConfigError
 from schemas.ledger import UnitKind
 
@@ -55,31 +55,32 @@ class Source:
         """What goes into the `source` column."""
         return full_address(self.fs, self.path(name))
 
-    def names(self) -> Iterator[str]:
+    def files(self) -> Iterator[SourceFile]:
         """Everything to read, in the byte order of the names. Raises ConfigError.
 
         Hidden files are left out, and so are the parts of datasets that `vl01` wrote: an output
         inside of its source must not be read as another source.
         """
-        if self.only:
-            yield self.only
-            return
         pattern = re.compile(glob_translate(self.pattern)) if self.pattern else None
-        for name in self._listed():
-            if kind_of(name) and (pattern is None or pattern.match(name)):
-                yield name
-
-    def _listed(self) -> Iterator[str]:
-        ours = set()
         try:
-            for name in list_names(self.fs, self.root, self._enter):
-                folder, _, base = name.rpartition("/")
-                if "_vl01/" in name:
-                    ours.add(name[: name.index("_vl01/")].rstrip("/"))
-                elif not is_hidden(name) and not (folder in ours and _OUR_PART.fullmatch(base)):
-                    yield name
+            if self.only:
+                yield stat_file(self.fs, self.path(self.only))._replace(name=self.only)
+                return
+            for file in self._listed():
+                if kind_of(file.name) and (pattern is None or pattern.match(file.name)):
+                    yield file
         except Exception as error:  # storage clients raise far more than OSError
             raise ConfigError(f"cannot list {self.address}: {error}") from error
+
+    def _listed(self) -> Iterator[SourceFile]:
+        ours = set()
+        for file in list_files(self.fs, self.root, self._enter):
+            name = file.name
+            folder, _, base = name.rpartition("/")
+            if "_vl01/" in name:
+                ours.add(name[: name.index("_vl01/")].rstrip("/"))
+            elif not is_hidden(name) and not (folder in ours and _OUR_PART.fullmatch(base)):
+                yield file
 
     def _enter(self, folder: str) -> bool:
         if is_hidden(folder) or folder.rpartition("/")[2] == "_vl01":
@@ -99,7 +100,7 @@ def open_source(address: str, endpoint_url: str | None = None) -> Source:
     """
     fs, path = open_fs(address, endpoint_url)
     source = _find(address, fs, path)
-    if next(source.names(), None) is None:
+    if next(source.files(), None) is None:
         raise ConfigError(f"nothing to read in {address}; expected files ending in {READABLE}")
     return source
 

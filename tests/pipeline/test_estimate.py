@@ -34,7 +34,7 @@ from pipeline.placement import place
 from pipeline.plan import Plan
 from pipeline.prepare import Prepare, PrepareSettings
 from pipeline.read import ReadSettings, read_unit
-from pipeline.sources import Source, open_source
+from pipeline.sources import Source, SourceFile, open_source
 from pipeline.storage import make_folder
 from schemas.errors import ConfigError, Reason
 from schemas.estimate import Assumptions, Estimate
@@ -182,8 +182,9 @@ class OneImageEverywhere(AbstractFileSystem):
 
 def test_a_million_files_are_not_held_in_memory_nor_opened(job, monkeypatch):
     count = 200_000
-    listing = (f"folder-{i // 1000:04}/image-{i:07}.jpg" for i in range(count))
-    monkeypatch.setattr(sources, "list_names", lambda *_: listing)
+    names = (f"folder-{i // 1000:04}/image-{i:07}.jpg" for i in range(count))
+    listing = (SourceFile(name, 1, "0") for name in names)
+    monkeypatch.setattr(sources, "list_files", lambda *_: listing)
     source = Source("everywhere://many", OneImageEverywhere(), "/many")
     monkeypatch.setattr("pipeline.estimate.estimate.open_source", lambda *_: source)
     started = time.monotonic()

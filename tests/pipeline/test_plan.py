@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import sources
 from pipeline.plan import Plan, cut, plan_table, planned_row_ids, row_id, units_of
-from pipeline.sources import Source, open_source
+from pipeline.sources import Source, SourceFile, open_source
 from schemas.errors import ConfigError
 from schemas.ledger import PLAN, Unit, UnitKind
 
@@ -58,8 +58,9 @@ def test_row_groups_are_gathered_and_never_cut(groups, units):
 
 
 def test_a_plan_of_many_files_is_not_held_in_memory(monkeypatch):
-    listing = (f"folder-{i // 1000:04}/image-{i:07}.jpg" for i in range(100_000))
-    monkeypatch.setattr(sources, "list_names", lambda *_: listing)
+    names = (f"folder-{i // 1000:04}/image-{i:07}.jpg" for i in range(100_000))
+    listing = (SourceFile(name, 1, "0") for name in names)
+    monkeypatch.setattr(sources, "list_files", lambda *_: listing)
     source = Source("memory://many", None, "/many")  # type: ignore[arg-type]
     tracemalloc.start()
     rows = sum(unit.rows or 0 for unit in Plan(source, 256).units())

@@ -113,9 +113,12 @@ def test_more_files_than_one_page_of_a_listing_are_all_found(s3, server, monkeyp
         s3.put_object(Bucket="data", Key=f"many/{i:02}.jpg", Body=b"")
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")
     source = open_source("s3://data/many", server)
-    assert list(source.names()) == [f"{i:02}.jpg" for i in range(20)]
+    one = next(source.files())
+    head = s3.head_object(Bucket="data", Key="many/00.jpg")
+    assert (one.size, one.stamp) == (head["ContentLength"], head["ETag"].strip('"'))
+    assert [file.name for file in source.files()] == [f"{i:02}.jpg" for i in range(20)]
     glob = open_source("s3://data/many/*7.jpg", server)
-    assert list(glob.names()) == ["07.jpg", "17.jpg"]
+    assert [file.name for file in glob.files()] == ["07.jpg", "17.jpg"]
 
 
 def test_an_object_that_went_away_is_a_row_and_a_reader_can_be_sent_elsewhere(s3, server):

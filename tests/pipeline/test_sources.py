@@ -7,7 +7,7 @@ import fsspec
 import pytest
 
 from pipeline import sources
-from pipeline.sources import open_source
+from pipeline.sources import SourceFile, open_source
 from schemas.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def names(address: object) -> list[str]:
-    return list(open_source(str(address)).names())
+    return [file.name for file in open_source(str(address)).files()]
 
 
 def test_files_in_folders_and_in_upper_case_are_not_missed(tmp_path):
@@ -80,7 +80,7 @@ def test_a_name_that_is_not_utf8_does_not_stop_the_listing(tmp_path):
 def test_a_glob_matches_what_a_shell_would(tmp_path, pattern, expected):
     touch(tmp_path, "a.jpg", "b1.jpg", "d/c.jpg", "d/e/f.jpg", "a.txt")
     source = open_source(f"{tmp_path}/{pattern}")
-    found = [os.path.relpath(source.path(name), tmp_path) for name in source.names()]
+    found = [os.path.relpath(source.path(name), tmp_path) for name, *_ in source.files()]
     assert found == expected
 
 
@@ -108,7 +108,7 @@ def test_a_relative_folder_is_read_from_where_it_was_named(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     source = open_source("./data/")
     monkeypatch.chdir("/")
-    assert list(source.names()) == ["a.jpg"]
+    assert [file.name for file in source.files()] == ["a.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_glob_may_begin_at_the_root(tmp_path):
     touch(tmp_path, "a.jpg")
     first, _, rest = str(tmp_path / "a.jpg").lstrip("/").partition("/")
     source = open_source(f"/{first[:-1]}?/{rest}")
-    assert source.full_address(next(source.names())) == str(tmp_path / "a.jpg")
+    assert source.full_address(next(source.files()).name) == str(tmp_path / "a.jpg")
 
 
 def test_a_glob_looks_into_no_folder_that_it_cannot_match(tmp_path, monkeypatch):
@@ -149,19 +149,53 @@ def test_a_glob_looks_into_no_folder_that_it_cannot_match(tmp_path, monkeypatch)
 
 def test_a_listing_that_breaks_off_is_one_clear_line(monkeypatch, tmp_path):
     def broken(*_):
-        yield "a.jpg"
+        yield SourceFile("a.jpg")
         raise RuntimeError("the storage's client gave up")  # botocore's errors are no OSError
 
-    monkeypatch.setattr(sources, "list_names", broken)
+    monkeypatch.setattr(sources, "list_files", broken)
     source = open_source(str(tmp_path))
     with pytest.raises(ConfigError, match=f"cannot list {tmp_path}: the storage's client gave up"):
-        list(source.names())
+        list(source.files())
 
 
 def test_opening_a_big_folder_does_not_list_it_all(monkeypatch, tmp_path):
     def endless(*_):
-        yield "a.jpg"
+        yield SourceFile("a.jpg")
         raise AssertionError("listed on after the first file")
 
-    monkeypatch.setattr(sources, "list_names", endless)
+    monkeypatch.setattr(sources, "list_files", endless)
     open_source(str(tmp_path))
+
+
+def test_a_file_that_changes_has_another_size_or_stamp(tmp_path):
+    touch(tmp_path, "a.jpg", "b/c.jpg")
+    source = open_source(str(tmp_path))
+    before = list(source.files())
+    assert [(file.name, file.size) for file in before] == [("a.jpg", 1), ("b/c.jpg", 1)]
+    assert before == list(source.files())
+    os.utime(tmp_path / "a.jpg", ns=(1, 1))
+    (tmp_path / "b/c.jpg").write_bytes(b"longer")
+    after = list(source.files())
+    assert after[0] == SourceFile("a.jpg", 1, "1", 1e-9)
+    assert after[1].size == 6
+    assert after[1].stamp != before[1].stamp
+    single = list(open_source(str(tmp_path / "a.jpg")).files())
+    assert single == [after[0]]
+
+
+def test_the_listing_of_any_storage_tells_when_a_file_was_written():
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/stamps/a.jpg", b"old")
+    (before,) = open_source("memory://stamps").files()
+    memory.pipe_file("/stamps/a.jpg", b"new")
+    (after,) = open_source("memory://stamps").files()
+    assert (before.name, before.size) == ("a.jpg", 3)
+    assert before.stamp != after.stamp
+    assert (before.modified or 0) > 1e9
+    (alone,) = open_source("memory://stamps/a.jpg").files()
+    assert alone == after
+
+
+def test_a_broken_link_is_a_file_without_a_size(tmp_path):
+    os.symlink(tmp_path / "gone", tmp_path / "a.jpg")
+    assert list(open_source(str(tmp_path)).files()) == [SourceFile("a.jpg")]
