@@ -29,7 +29,7 @@ from schemas.rows import Status
 # Help is printed as it stands here: lines of at most 76 columns fit a terminal of 80.
 _STATUSES = """[bold]Statuses of a row[/bold]
   ok          the model answered
-  truncated   the answer was cut at --max-new-tokens
+  truncated   the answer was cut: at --max-new-tokens, or as it went in circles
   failed      there is no answer; the columns reason and message say why"""
 
 _EXIT_CODES = """[bold]Exit codes[/bold]

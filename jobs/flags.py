@@ -24,7 +24,7 @@ _PANELS = {
     "Input and output": "output image_column keep unit_rows max_pixels max_bytes decode_seconds "
     "exif_rotate endpoint_url",
     "Model": "model quantization dtype device chunk_tokens max_sequences cache_gib",
-    "Prompt and answer": "prompt system max_new_tokens temperature top_p seed stop",
+    "Prompt and answer": "prompt system max_new_tokens temperature top_p seed stop stop_repetition",
     "Cluster": "pp replicas prepare_workers address grace_seconds",
 }
 _PANEL_OF = {key: panel for panel, keys in _PANELS.items() for key in keys.split()}
@@ -79,12 +79,12 @@ def _parameter(key: str, field: FieldInfo, task: Task) -> inspect.Parameter:
     return inspect.Parameter(
         key,
         inspect.Parameter.KEYWORD_ONLY,
-        annotation=Annotated[typed, _shape(key, field, value)],
+        annotation=Annotated[typed, _shape(key, field, value, default)],
         default=default,
     )
 
 
-def _shape(key: str, field: FieldInfo, value: Any) -> Any:
+def _shape(key: str, field: FieldInfo, value: Any, default: Any = None) -> Any:
     """How typer shows and reads it."""
     help_text = escape(field.description or "")
     if key == "source":
@@ -92,11 +92,16 @@ def _shape(key: str, field: FieldInfo, value: Any) -> Any:
     if get_origin(value) is tuple:
         help_text += "; may be repeated"
     return typer.Option(
-        flag(key),
+        _names(key, value, default),
         help=help_text,
         metavar="" if value is bool else _metavar(value),
         rich_help_panel=_PANEL_OF.get(key),
     )
+
+
+def _names(key: str, value: Any, default: Any) -> str:
+    """What a task switches on by itself can be switched off."""
+    return f"{flag(key)}/--no-{flag(key)[2:]}" if value is bool and default else flag(key)
 
 
 def _value_type(annotation: Any) -> Any:

@@ -15,6 +15,7 @@ TASK = Task(
             "is no text on the page, answer with nothing."
         ),
         "max_new_tokens": 4096,  # a dense page of print is 1,500 to 3,000 tokens
+        "stop_repetition": True,
     },
     examples=(
         "scans --output texts --model /models/vl01 --pp 8",

@@ -6,6 +6,8 @@ from schemas.errors import Reason
 from schemas.requests import FinishReason
 from schemas.rows import GENERATED, OUTPUT, Status, with_kept
 
+CUT = {FinishReason.LENGTH: Reason.MAX_NEW_TOKENS, FinishReason.REPETITION: Reason.REPETITION}
+
 
 def finish(rows: pa.Table) -> pa.Table:
     """The same rows, in the same order, in the OUTPUT schema followed by the kept columns."""
@@ -27,8 +29,8 @@ def _verdict(
     row_id: str, reason: str | None, finish_reason: str | None
 ) -> tuple[Status, str | None]:
     """Status and reason. A row with neither an answer nor a reason is a bug: ValueError."""
-    if finish_reason == FinishReason.LENGTH:
-        return Status.TRUNCATED, Reason.MAX_NEW_TOKENS.value
+    if finish_reason in CUT:
+        return Status.TRUNCATED, CUT[FinishReason(finish_reason)].value
     if finish_reason:
         return Status.OK, None
     if reason:

@@ -18,9 +18,10 @@ import pyarrow as pa
 
 from model.engine.config import EngineConfig
 from model.engine.engine import Engine
+from pipeline.finish import CUT
 from pipeline.tables import add_columns
-from schemas.errors import ConfigError, Reason, RowError
-from schemas.requests import FinishReason, Request, Result, Sampling
+from schemas.errors import ConfigError, RowError
+from schemas.requests import Request, Result, Sampling
 from schemas.rows import GENERATED, with_kept
 
 logger = logging.getLogger(__name__)
@@ -98,8 +99,8 @@ def _answer_columns(answer: "Future[Result]") -> dict[str, Any]:
         "output_tokens": len(result.token_ids),
         "mean_logprob": result.mean_logprob,
     }
-    if result.finish_reason == FinishReason.LENGTH:
-        columns["reason"] = Reason.MAX_NEW_TOKENS
+    if result.finish_reason in CUT:
+        columns["reason"] = CUT[result.finish_reason]
     return columns
 
 

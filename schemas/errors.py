@@ -35,6 +35,7 @@ class Reason(StrEnum):
     # generate
     PROMPT_TOO_LONG = "prompt_too_long"
     MAX_NEW_TOKENS = "max_new_tokens"  # the answer was cut at its length limit (status truncated)
+    REPETITION = "repetition"  # the answer went round in circles and was cut (status truncated)
 
 
 class VL01Error(Exception):

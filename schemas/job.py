@@ -34,6 +34,7 @@ class Job(BaseModel):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (), description="strings that end an answer"
     )
+    stop_repetition: bool = Field(False, description="end an answer that goes round in circles")
 
     image_column: str | None = Field(None, description="the image column of Parquet sources")
     keep: tuple[str, ...] = Field((), description="other Parquet columns to carry to the output")
@@ -75,7 +76,12 @@ class Job(BaseModel):
 
     def sampling(self) -> Sampling:
         return Sampling(
-            self.max_new_tokens, self.temperature, self.top_p, self.seed, tuple(self.stop)
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=tuple(self.stop),
+            stop_repetition=self.stop_repetition,
         )
 
     def fingerprint(self, model_revision: str) -> dict[str, Any]:

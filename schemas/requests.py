@@ -9,6 +9,7 @@ import numpy as np
 class FinishReason(StrEnum):
     STOP = "stop"  # the end-of-text token or a stop string
     LENGTH = "length"  # max_new_tokens were written
+    REPETITION = "repetition"  # the answer went round in circles; the text keeps the first round
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Sampling:
     temperature 0 is greedy; top_p 1 keeps the whole vocabulary. `stop` strings end the text and
     are not part of it. The draw for a token depends on `seed` and the token's position alone.
     `json_schema`: JSON text of the schema that the answer must follow, as JSON without whitespace.
+    `stop_repetition` ends an answer that has gone round in circles for longer than a page could.
     """
 
     max_new_tokens: int = 256
@@ -26,6 +28,7 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     json_schema: str | None = None
+    stop_repetition: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

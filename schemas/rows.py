@@ -12,7 +12,7 @@ class Status(StrEnum):
     """The `status` column: what became of a row."""
 
     OK = "ok"
-    TRUNCATED = "truncated"  # the answer reached max_new_tokens
+    TRUNCATED = "truncated"  # the answer was cut: it reached max_new_tokens, or went in circles
     INVALID = "invalid"  # the model answered, the answer breaks the schema
     FAILED = "failed"  # no answer; `reason` and `message` say why
 

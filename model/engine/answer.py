@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from model.engine.repetition import Repetition
 from schemas.requests import FinishReason, Sampling
 
 # A stop string of B bytes lies within the last B tokens, for each makes at least one byte, except
@@ -12,7 +13,8 @@ _CUT_SHORT = "\ufffd"  # how a character shows of which bytes are missing
 
 
 class Answer:
-    """Grows by a token at a time until the end-of-text token, a stop string or max_new_tokens.
+    """Grows by a token at a time until the end-of-text token, a stop string, max_new_tokens or,
+    if asked for, a loop, of which the text keeps the first round.
 
     decode: token ids to text. Every written token counts, in `token_ids`, `logprobs` and
     `token_ends`: also the end-of-text token, which is not part of the text, and those of a stop
@@ -33,6 +35,8 @@ class Answer:
         self._decode = decode
         longest = max((len(stop.encode()) for stop in sampling.stop), default=0)
         self._window = longest + _SPECIAL_TOKENS_WITHIN
+        self._repetition = Repetition(decode) if sampling.stop_repetition else None
+        self._kept: int | None = None  # tokens before the second round of a loop; None: all
 
     def append(self, token: int, logprob: float) -> FinishReason | None:
         """Add a token; the reason why it was the last one, or None."""
@@ -40,20 +44,26 @@ class Answer:
         self.logprobs.append(logprob)
         if token in self._eos_token_ids or self._stop_string_ends_here():
             self.finish_reason = FinishReason.STOP
+        elif self._goes_in_circles():
+            self.finish_reason = FinishReason.REPETITION
         elif len(self.token_ids) == self._sampling.max_new_tokens:
             self.finish_reason = FinishReason.LENGTH
         return self.finish_reason
 
     @property
     def text(self) -> str:
-        """The text without end-of-text tokens, cut before the stop string that ended it."""
-        text = self._decode([id for id in self.token_ids if id not in self._eos_token_ids])
+        """The text without end-of-text tokens, cut before the stop string that ended it, or where
+        it began to repeat itself."""
+        kept = self.token_ids[: self._kept]
+        text = self._decode([id for id in kept if id not in self._eos_token_ids])
         cut = self._cut(text)
         return text if cut is None else text[:cut]
 
     @property
     def mean_logprob(self) -> float:
-        return sum(self.logprobs) / len(self.logprobs)
+        """Of all tokens but the rounds of a loop, each of which is surer than the one before."""
+        kept = self.logprobs[: self._kept]
+        return sum(kept) / len(kept)
 
     @property
     def token_ends(self) -> list[int]:
@@ -68,6 +78,11 @@ class Answer:
             if not piece.endswith(_CUT_SHORT):  # what is whole is decoded once
                 length, pending = length + len(piece), []
         return ends
+
+    def _goes_in_circles(self) -> bool:
+        if self._repetition is not None:
+            self._kept = self._repetition.tokens_worth_keeping(self.token_ids)
+        return self._kept is not None
 
     def _stop_string_ends_here(self) -> bool:
         """Looks at the last tokens first: decoding everything at each token is quadratic."""
