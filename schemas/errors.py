@@ -14,7 +14,7 @@ class ExitCode:
 
 
 class Reason(StrEnum):
-    """Why a row has no answer; the `reason` column of a failed or truncated row."""
+    """Why a row has no answer, or no good one; the `reason` column of a row that is not ok."""
 
     # read: the bytes could not be had
     NOT_FOUND = "not_found"  # planned, but gone when it was read
@@ -35,6 +35,8 @@ class Reason(StrEnum):
     # generate
     PROMPT_TOO_LONG = "prompt_too_long"
     MAX_NEW_TOKENS = "max_new_tokens"  # the answer was cut at its length limit (status truncated)
+    INVALID_JSON = "invalid_json"  # the answer is not JSON (status invalid)
+    SCHEMA_MISMATCH = "schema_mismatch"  # it is JSON that breaks the schema (status invalid)
     REPETITION = "repetition"  # the answer went round in circles and was cut (status truncated)
 
 
