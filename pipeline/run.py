@@ -21,6 +21,7 @@ from pipeline.commit import Committer
 from pipeline.generate import Generate, GenerateSettings
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
+from pipeline.metrics import RunMetrics
 from pipeline.model import Model, open_model
 from pipeline.placement import Placement, configure_ray_data, place, ray_session
 from pipeline.plan import Plan
@@ -77,11 +78,12 @@ def work(
         stop.listen()
         flow = Flow(job, model, read, place(job))
         tally.hardware = flow.place.hardware()
+        tally.metrics = RunMetrics(job.output)
         for rows in stop.relay(flow.generated(pending), committer.incomplete):
             tally.generated(rows)
             with tally.committing():
                 records = committer.add(rows)
-            tally.committed(records)
+            tally.committed(records, begun=len(committer.incomplete()))
             tally.check_failures(job.max_failure_rate)
     tally.check_stopped(stop.asked)
 

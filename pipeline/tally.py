@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from pipeline.commit import Committer
 from pipeline.ledger import Ledger, now
+from pipeline.metrics import RunMetrics
 from pipeline.progress import Progress
 from schemas.errors import EngineError, StoppedError
 from schemas.ledger import CommitRecord
@@ -24,6 +25,7 @@ class Tally:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self.hardware: Hardware | None = None  # known once Ray has started
+        self.metrics: RunMetrics | None = None  # likewise
         self._started_at = now()
         self._started = time.monotonic()
         self._rows: Counter[str] = Counter()
@@ -52,13 +54,19 @@ class Tally:
         yield
         self._stage_seconds["commit"] += time.monotonic() - started
 
-    def committed(self, records: Iterable[CommitRecord]) -> None:
+    def committed(self, records: Iterable[CommitRecord], begun: int) -> None:
+        """begun: units that are computed in part."""
         for record in records:
+            if self.metrics:
+                self.metrics.committed(record)
             self._rows.update(record.statuses)
             self._reasons.update(record.reasons)
             self._prompt_tokens += record.prompt_tokens
             self._output_tokens += record.output_tokens
             self._progress.committed(1)
+        if self.metrics:
+            left = self._progress.pending_units - self._progress.committed_units
+            self.metrics.units(left, begun)
 
     def check_failures(self, most: float) -> None:
         """Raises StoppedError when a larger share than `most` of this run's rows failed."""

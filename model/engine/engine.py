@@ -38,6 +38,15 @@ class EngineStatistics:
     preemptions: int = 0
 
 
+@dataclass(frozen=True)
+class Occupancy:
+    """How full the engine is. slots, blocks: shares of its memory that are in use, 0 to 1."""
+
+    running: int  # sequences that hold memory
+    slots: float
+    blocks: float
+
+
 @dataclass
 class _Live:
     """An unfinished request. Its tiles are let go once they are sent."""
@@ -73,8 +82,9 @@ class Engine:
         config.check_devices()
         self._ranks = RankInProcess(config) if config.ranks == 1 else RankProcesses(config)
         self.capacity = self._ranks.capacity
+        self._memory = Memory(self.capacity)
         self._scheduler = Scheduler(
-            Memory(self.capacity),
+            self._memory,
             chunk_tokens=config.chunk_tokens,
             microbatches=config.ranks,
             ahead=config.plans_ahead,
@@ -96,6 +106,15 @@ class Engine:
     @property
     def statistics(self) -> EngineStatistics:
         return replace(self._statistics, preemptions=self._scheduler.preemptions)
+
+    @property
+    def occupancy(self) -> Occupancy:
+        memory, capacity = self._memory, self.capacity
+        return Occupancy(
+            running=self._scheduler.running,
+            slots=1 - memory.free_slots / capacity.slots,
+            blocks=1 - memory.free_blocks / capacity.blocks,
+        )
 
     def add(self, request: Request) -> None:
         """Queue a request; `step` will answer it.

@@ -52,7 +52,7 @@ def test_rows_tokens_and_seconds_add_up(tally, ledger):
     bad = {"reason": "decode_error", "read_seconds": 0.5}
     tally.generated(pa.Table.from_pylist([row | seconds, row | seconds, bad], schema=GENERATED))
     with tally.committing():
-        tally.committed([ledger.record(0), ledger.record(1)])
+        tally.committed([ledger.record(0), ledger.record(1)], begun=0)
     with Lease(ledger) as lease:
         summary = tally.summary(ledger, Committer(ledger, lease), strict=False)
     assert summary.rows == {"ok": 4, "failed": 1}
