@@ -29,7 +29,8 @@ from schemas.rows import Status
 # Help is printed as it stands here: lines of at most 76 columns fit a terminal of 80.
 _STATUSES = """[bold]Statuses of a row[/bold]
   ok          the model answered
-  truncated   the answer was cut: at --max-new-tokens, or as it went in circles
+  truncated   the answer was cut at --max-new-tokens, or went in circles
+  invalid     the answer breaks the schema (vl01 extract)
   failed      there is no answer; the columns reason and message say why"""
 
 _EXIT_CODES = """[bold]Exit codes[/bold]
@@ -173,8 +174,8 @@ def _task_command(task: Task) -> Callable[..., None]:
 
 def _task_help(task: Task) -> str:
     examples = "\n".join(f"  vl01 {task.name} {escape(example)}" for example in task.examples)
-    parts = task.summary, f"[bold]Examples[/bold]\n{examples}", _STATUSES, _EXIT_CODES
-    return "\n\n".join(parts)
+    parts = task.summary, f"[bold]Examples[/bold]\n{examples}", task.notes, _STATUSES, _EXIT_CODES
+    return "\n\n".join(filter(None, parts))
 
 
 for _task in TASKS.values():

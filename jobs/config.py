@@ -16,14 +16,16 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from jobs import caption, ocr
+from jobs import caption, extract, ocr
+from jobs.extract import is_content
 from jobs.task import Task
 from schemas.errors import ConfigError
-from schemas.job import Job
+from schemas.job import KEYS, Job
 
-TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK, ocr.TASK)}
+TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK, ocr.TASK, extract.TASK)}
 
 ADDRESSES = ("source", "output", "model")  # keys that hold a local path or an fsspec address
+PATHS = (*ADDRESSES, "schema")
 
 
 def job_from_flags(task: Task, values: Mapping[str, Any]) -> Job:
@@ -38,8 +40,8 @@ def job_from_file(path: str | Path) -> Job:
     """The job in a YAML file: a mapping of Job's keys.
 
     Its relative paths start at the folder of the file, so that the file means the same wherever
-    it is run from. `~` and `$VARIABLE` are filled in in source, output and model. The path `-` is
-    standard input; its relative paths start at the working folder.
+    it is run from. `~` and `$VARIABLE` are filled in in its paths. The path `-` is standard
+    input; its relative paths start at the working folder.
     Raises ConfigError, which names the file and the keys.
     """
     path = Path(path)
@@ -47,8 +49,8 @@ def job_from_file(path: str | Path) -> Job:
     try:
         values = values | {
             key: _fill_variables(key, values[key])
-            for key in ADDRESSES
-            if isinstance(values.get(key), str)
+            for key in PATHS
+            if isinstance(values.get(key), str) and not is_content(values[key])
         }
         return _make_job(values, path.absolute().parent, str)
     except ConfigError as error:
@@ -73,6 +75,8 @@ def _make_job(values: dict[str, Any], folder: Path, name: Callable[[str], str]) 
     """name: how the user knows a key. Raises ConfigError, one line for each mistake."""
     task = TASKS.get(str(values.get("task")), caption.TASK)  # Job refuses a task it does not know
     values = dict(task.defaults) | values
+    _check_keys(task, values, name)
+    values = task.complete(values, folder)
     try:
         job = Job.model_validate(values)
     except ValidationError as error:
@@ -81,6 +85,16 @@ def _make_job(values: dict[str, Any], folder: Path, name: Callable[[str], str]) 
     return job.model_copy(
         update={key: absolute_address(getattr(job, key), folder) for key in ADDRESSES}
     )
+
+
+def _check_keys(task: Task, values: Mapping[str, Any], name: Callable[[str], str]) -> None:
+    for other in TASKS.values():
+        for key in other.needs:
+            given = values.get(key) is not None
+            if given and other is not task:
+                raise ConfigError(f"{name(key)} is for {other.name} only; the task is {task.name}")
+            if not given and other is task:
+                raise ConfigError(f"{name(key)} is missing: {KEYS[key].description}")
 
 
 def absolute_address(address: str, folder: Path) -> str:
@@ -97,7 +111,7 @@ def _explain(details: ErrorDetails, name: Callable[[str], str]) -> str:
     if details["type"] == "extra_forbidden":
         return _unknown_key(key)
     if details["type"] == "missing":
-        return f"{name(key)} is missing: {Job.model_fields[key].description}"
+        return f"{name(key)} is missing: {KEYS[key].description}"
     where = name(key) + "".join(f"[{index}]" for index in place)
     # "Input should be a valid integer, unable to parse ...": what is wanted is in the middle.
     wanted = re.sub(r"^.* should |, (unable|got) .*$", "", details["msg"]).replace("tuple", "list")
@@ -105,8 +119,8 @@ def _explain(details: ErrorDetails, name: Callable[[str], str]) -> str:
 
 
 def _unknown_key(key: str) -> str:
-    near = difflib.get_close_matches(key.replace("-", "_"), Job.model_fields, n=1)
-    advice = f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(Job.model_fields)
+    near = difflib.get_close_matches(key.replace("-", "_"), KEYS, n=1)
+    advice = f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(KEYS)
     return f"unknown key {key!r}; {advice}"
 
 

@@ -10,13 +10,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from rich.markup import escape
 
-from jobs.config import flag
+from jobs.config import TASKS, flag
 from jobs.task import Task
-from schemas.job import WHERE_AND_HOW_FAST, Job
+from schemas.job import KEYS, WHERE_AND_HOW_FAST
 
 # For the commands that know an output and no job.
 EndpointUrl = Annotated[
-    str | None, typer.Option(help=Job.model_fields["endpoint_url"].description, metavar="TEXT")
+    str | None, typer.Option(help=KEYS["endpoint_url"].description, metavar="TEXT")
 ]
 
 # The panel of the help that shows a key; a key in none of them stands with --help.
@@ -24,20 +24,22 @@ _PANELS = {
     "Input and output": "output image_column keep unit_rows max_pixels max_bytes decode_seconds "
     "exif_rotate endpoint_url",
     "Model": "model quantization dtype device chunk_tokens max_sequences cache_gib",
-    "Prompt and answer": "prompt system max_new_tokens temperature top_p seed stop stop_repetition",
+    "Prompt and answer": "prompt system schema max_new_tokens temperature top_p seed stop "
+    "stop_repetition",
     "Cluster": "pp replicas prepare_workers address grace_seconds",
 }
 _PANEL_OF = {key: panel for panel, keys in _PANELS.items() for key in keys.split()}
 
 
 def with_flags(task: Task, command: Callable[..., None]) -> Callable[..., None]:
-    """`command(**values)` with a flag for every key of Job but `task`, ready for typer; other
-    keyword parameters that it names stay.
+    """`command(**values)` with a flag for every key of Job but `task` and those of other tasks,
+    ready for typer; other keyword parameters that it names stay.
 
     Values arrive as text, lists of text and bools: Job alone judges them, so that a wrong value
     reads the same in a flag as in a file.
     """
-    fields = {key: field for key, field in Job.model_fields.items() if key != "task"}
+    hidden = {"task", *(key for other in TASKS.values() for key in other.needs)} - {*task.needs}
+    fields = {key: field for key, field in KEYS.items() if key not in hidden}
     return _add(command, [_parameter(key, field, task) for key, field in fields.items()])
 
 
@@ -45,7 +47,7 @@ def with_changes(command: Callable[..., None]) -> Callable[..., None]:
     """The same with a flag for every key that says where and how fast, and None for what is not
     given: as it was in the run before."""
     given = {*inspect.signature(command).parameters, "strict", "max_failure_rate"}
-    fields = {k: f for k, f in Job.model_fields.items() if k in WHERE_AND_HOW_FAST - given}
+    fields = {k: f for k, f in KEYS.items() if k in WHERE_AND_HOW_FAST - given}
     return _add(command, [_change(key, field) for key, field in fields.items()])
 
 
@@ -65,7 +67,9 @@ def _change(key: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def _parameter(key: str, field: FieldInfo, task: Task) -> inspect.Parameter:
-    default = task.defaults.get(key, field.get_default())
+    default: Any = task.defaults.get(key, field.get_default())
+    if key in task.needs:
+        default = PydanticUndefined
     value = _value_type(field.annotation)
     typed: Any = str | None
     if value is bool:

@@ -4,10 +4,16 @@ import pyarrow as pa
 import pyarrow.types as t
 
 from schemas.errors import ConfigError
-from schemas.rows import GENERATED, INPUT, OUTPUT, PREPARED
+from schemas.rows import EXTRACTION_NAMES, GENERATED, INPUT, OUTPUT, PREPARED
 
 _IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes")
-_OWN_NAMES = {*INPUT.names, *PREPARED.names, *GENERATED.names, *OUTPUT.names}
+_OWN_NAMES = {
+    *INPUT.names,
+    *PREPARED.names,
+    *GENERATED.names,
+    *OUTPUT.names,
+    *EXTRACTION_NAMES,
+}
 
 
 def is_image_type(type_: pa.DataType) -> bool:

@@ -17,8 +17,9 @@ from pipeline.finish import finish
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger, now
 from schemas.errors import LedgerError
+from schemas.extraction import load_schema
 from schemas.ledger import CommitRecord
-from schemas.rows import GENERATED, with_kept
+from schemas.rows import GENERATED, with_extraction, with_kept
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Committer:
     def __init__(self, ledger: Ledger, lease: Lease) -> None:
         self._ledger = ledger
         self._lease = lease
-        self._schema = with_kept(GENERATED, ledger.kept)
+        self._schema = _generated_schema(ledger)
         self._metadata = _part_metadata(ledger)
         self._done = ledger.committed()  # and kept up to date by the ledger
         self._gathered: dict[int, _Gathered] = {}
@@ -119,6 +120,14 @@ def part_bytes(rows: pa.Table, metadata: dict[str, str]) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(rows.replace_schema_metadata(metadata), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
+
+
+def _generated_schema(ledger: Ledger) -> pa.Schema:
+    schema = GENERATED
+    if text := ledger.job["job"].get("schema"):
+        asked = load_schema(text)
+        schema = with_extraction(GENERATED, asked.arrow_type, asked.confidence_type)
+    return with_kept(schema, ledger.kept)
 
 
 def _part_metadata(ledger: Ledger) -> dict[str, str]:

@@ -4,14 +4,15 @@ import pyarrow as pa
 
 from schemas.errors import Reason
 from schemas.requests import FinishReason
-from schemas.rows import GENERATED, OUTPUT, Status, with_kept
+from schemas.rows import Status, output_schema
 
 CUT = {FinishReason.LENGTH: Reason.MAX_NEW_TOKENS, FinishReason.REPETITION: Reason.REPETITION}
+BROKEN = {Reason.INVALID_JSON, Reason.SCHEMA_MISMATCH}
 
 
 def finish(rows: pa.Table) -> pa.Table:
-    """The same rows, in the same order, in the OUTPUT schema followed by the kept columns."""
-    kept = pa.schema(list(rows.schema)[len(GENERATED) :])
+    """The same rows, in the same order, in the OUTPUT schema; what an extraction adds and the kept
+    columns are carried over."""
     verdicts = [
         _verdict(row["row_id"], row["reason"], row["finish_reason"])
         for row in rows.select(["row_id", "reason", "finish_reason"]).to_pylist()
@@ -21,7 +22,7 @@ def finish(rows: pa.Table) -> pa.Table:
         "status": pa.array([status.value for status, _ in verdicts], pa.string()),
         "reason": pa.array([reason for _, reason in verdicts], pa.string()),
     }
-    schema = with_kept(OUTPUT, kept)
+    schema = output_schema(rows.schema)
     return pa.table([found[name] for name in schema.names], schema)
 
 
@@ -31,6 +32,8 @@ def _verdict(
     """Status and reason. A row with neither an answer nor a reason is a bug: ValueError."""
     if finish_reason in CUT:
         return Status.TRUNCATED, CUT[FinishReason(finish_reason)].value
+    if finish_reason and reason in BROKEN:
+        return Status.INVALID, reason
     if finish_reason:
         return Status.OK, None
     if reason:

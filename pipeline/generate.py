@@ -21,8 +21,9 @@ from model.engine.engine import Engine
 from pipeline.finish import CUT
 from pipeline.tables import add_columns
 from schemas.errors import ConfigError, RowError
+from schemas.extraction import Extraction
 from schemas.requests import Request, Result, Sampling
-from schemas.rows import GENERATED, with_kept
+from schemas.rows import GENERATED, with_extraction, with_kept
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class GenerateSettings:
     sampling: Sampling
     tile: int
     kept: pa.Schema
+    extraction: Extraction | None = None
 
 
 class Generate:
@@ -47,7 +49,10 @@ class Generate:
 
     def __init__(self, settings: GenerateSettings) -> None:
         self.settings = settings
-        self.schema = with_kept(GENERATED, settings.kept)
+        asked, schema = settings.extraction, GENERATED
+        if asked:
+            schema = with_extraction(schema, asked.arrow_type, asked.confidence_type)
+        self.schema = with_kept(schema, settings.kept)
         self.replica = Replica(settings.engine)
 
     def __call__(self, prepared: pa.Table) -> pa.Table:
@@ -58,8 +63,9 @@ class Generate:
                 rows, prepared["token_ids"], prepared["pixels"], strict=True
             )
         ]
+        asked = self.settings.extraction
         for row, answer in zip(rows, answers, strict=True):
-            row |= {"attempts": 0} if answer is None else _answer_columns(answer)
+            row |= {"attempts": 0} if answer is None else _answer_columns(answer, asked)
         seconds = self.replica.take_busy_seconds() / max(1, len(rows))
         for row in rows:
             row["generate_seconds"] = seconds
@@ -86,7 +92,7 @@ def row_seed(seed: int, row_id: str) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def _answer_columns(answer: "Future[Result]") -> dict[str, Any]:
+def _answer_columns(answer: "Future[Result]", asked: Extraction | None) -> dict[str, Any]:
     try:
         result = answer.result()
     except RowError as error:
@@ -101,7 +107,19 @@ def _answer_columns(answer: "Future[Result]") -> dict[str, Any]:
     }
     if result.finish_reason in CUT:
         columns["reason"] = CUT[result.finish_reason]
+    elif asked:
+        columns |= extracted_columns(asked, result)
     return columns
+
+
+def extracted_columns(asked: Extraction, result: Result) -> dict[str, Any]:
+    """What the answer says, and how sure each field is; or how it breaks the schema."""
+    try:
+        data = asked.parse(result.text)
+    except RowError as error:
+        return {"reason": error.reason, "message": error.message}
+    confidence = asked.confidence(result.text, result.token_logprobs, result.token_ends)
+    return {"data": data, "confidence": confidence}
 
 
 class Replica:

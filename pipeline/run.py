@@ -168,5 +168,9 @@ class Flow:
             cache_bytes=None if job.cache_gib is None else int(job.cache_gib * 1024**3),
         )
         return GenerateSettings(
-            engine, job.sampling(), self.model.config.vision.image_size, self.read.kept
+            engine,
+            job.sampling(),
+            self.model.config.vision.image_size,
+            self.read.kept,
+            job.extraction(),
         )

@@ -3,11 +3,15 @@
 Knows what is allowed; whether paths, checkpoint and hardware are really there is for `jobs/`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from schemas.requests import Sampling
+
+if TYPE_CHECKING:
+    from schemas.extraction import Extraction
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -15,9 +19,11 @@ Positive = Annotated[int, Field(ge=1)]
 class Job(BaseModel):
     """Every key of a job file; each is a flag of the command too (max_pixels: `--max-pixels`)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
+    )
 
-    task: Literal["caption", "ocr"] = "caption"
+    task: Literal["caption", "ocr", "extract"] = "caption"
     source: str = Field(
         min_length=1, description="a folder, a glob, a .tar, a .parquet, or one image"
     )
@@ -26,6 +32,11 @@ class Job(BaseModel):
 
     prompt: str = Field(min_length=1, description="what is asked of every image")
     system: str | None = Field(None, description="the system message, if any")
+    json_schema: str | None = Field(  # BaseModel.schema is taken; as text: its order is a meaning
+        None,
+        alias="schema",
+        description="the fields: a JSON Schema file, or invoice, receipt, form or table",
+    )
 
     max_new_tokens: Positive = Field(256, description="longest answer, in tokens")
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
@@ -74,6 +85,12 @@ class Job(BaseModel):
         25.0, ge=0, description="time to finish what is nearly done when asked to stop"
     )
 
+    def extraction(self) -> "Extraction | None":
+        """What `schema` asks for. Raises ConfigError."""
+        from schemas.extraction import load_schema  # only now: help and usage errors come at once
+
+        return None if self.json_schema is None else load_schema(self.json_schema)
+
     def sampling(self) -> Sampling:
         return Sampling(
             max_new_tokens=self.max_new_tokens,
@@ -93,6 +110,10 @@ class Job(BaseModel):
             "model_revision": model_revision
         }
 
+
+KEYS: dict[str, FieldInfo] = {
+    field.alias or name: field for name, field in Job.model_fields.items()
+}  # as a user writes them
 
 WHERE_AND_HOW_FAST = {
     "output",

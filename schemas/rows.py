@@ -96,6 +96,29 @@ OUTPUT = pa.schema(
 )
 
 
+EXTRACTION_NAMES = ("data", "confidence")
+
+
+def with_extraction(schema: pa.Schema, data: pa.DataType, confidence: pa.DataType) -> pa.Schema:
+    """GENERATED or OUTPUT with what an extraction adds: `data`, the fields that were read, after
+    the text; `confidence`, the probability of the least likely token of each, after the row's.
+    """
+    added = {"text": pa.field("data", data), "mean_logprob": pa.field("confidence", confidence)}
+    fields = []
+    for field in schema:
+        fields += [field, *([added[field.name]] if field.name in added else [])]
+    return pa.schema(fields)
+
+
+def output_schema(generated: pa.Schema) -> pa.Schema:
+    """Of rows in a GENERATED schema: OUTPUT with the same extraction and the same kept columns."""
+    schema, own = OUTPUT, {*GENERATED.names, *EXTRACTION_NAMES}
+    if "data" in generated.names:
+        types = (generated.field(name).type for name in EXTRACTION_NAMES)
+        schema = with_extraction(OUTPUT, *types)
+    return with_kept(schema, pa.schema([field for field in generated if field.name not in own]))
+
+
 def with_kept(schema: pa.Schema, kept: pa.Schema) -> pa.Schema:
     """`schema` followed by the columns carried over from the source."""
     return pa.schema([*schema, *kept])

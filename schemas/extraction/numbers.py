@@ -102,7 +102,7 @@ class Fixed(_Numeric):
 
     @property
     def words(self) -> str:
-        return self._bounded(f"number with {self.decimals} decimals")
+        return self._bounded(f"number with at most {self.decimals} decimals")
 
     def _constraint(self) -> dict[str, Any]:
         step = float(self._step)

@@ -123,7 +123,7 @@ def _lines(fields: Fields, indent: str) -> list[str]:
     lines = []
     for name, kind in fields.fields.items():
         optional = "" if kind.null or name in fields.required else ", if there is one"
-        null = ", or null if it is not there" if kind.null else ""
+        null = ", or null" if kind.null else ""
         about = f": {kind.about}" if kind.about else ""
         lines.append(f"{indent}- {name} ({kind.words}{null}{optional}){about}")
         lines += _lines_below(kind, indent + _INDENT)

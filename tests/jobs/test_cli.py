@@ -9,7 +9,7 @@ import pytest
 from jobs.cli import main
 from pipeline.verify import Verification
 from schemas.errors import CheckpointError, EngineError, ExitCode
-from schemas.job import Job
+from schemas.job import KEYS, Job
 from schemas.report import Summary
 
 CAPTION = ["caption", "photos", "--output", "out", "--model", "ckpt"]
@@ -75,7 +75,7 @@ def test_a_stranger_finds_the_way_from_the_top_level_help(vl01):
     assert unwrapped in [line.strip() for line in out.splitlines()]
 
 
-@pytest.mark.parametrize("command", ["caption", "ocr", "run", "verify"])
+@pytest.mark.parametrize("command", ["caption", "ocr", "extract", "run", "verify"])
 def test_every_command_explains_itself(vl01, command):
     code, out, _ = vl01(command, "--help")
     assert code == 0
@@ -86,8 +86,8 @@ def test_every_command_explains_itself(vl01, command):
 def test_every_key_of_a_job_is_a_flag_with_its_description_and_default(vl01):
     _, out, _ = vl01("caption", "--help")
     words = " ".join(out.replace("│", " ").split())
-    for key, field in Job.model_fields.items():
-        if key not in ("task", "source"):
+    for key, field in KEYS.items():
+        if key not in ("task", "source", "schema"):
             assert f"--{key.replace('_', '-')} " in words
             assert (field.description or "").split(";")[0].split()[0] in words
     assert "[default: 256]" in words

@@ -67,7 +67,7 @@ def test_every_mistake_is_named_in_a_line_of_its_own(tmp_path):
         ("quantization: int4", "quantization is 'int4'; it should be 'int8' or 'none'"),
         ("strict: perhaps", "strict is 'perhaps'; it should be a valid boolean"),
         ("top_p: 0", "top_p is 0; it should be greater than 0"),
-        ("task: capton", "task is 'capton'; it should be 'caption' or 'ocr'"),
+        ("task: capton", "task is 'capton'; it should be 'caption', 'ocr' or 'extract'"),
         ("source: other", "source is given twice"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from jobs.cli import main
 from pipeline.replacer import RetrySummary
 from schemas.errors import ExitCode, StoppedError
-from schemas.job import WHERE_AND_HOW_FAST, Job
+from schemas.job import KEYS, WHERE_AND_HOW_FAST, Job
 
 STORED = Job.model_validate(
     {"source": "/photos", "output": "/elsewhere", "model": "/ckpt", "prompt": "?", "pp": 2}
@@ -75,7 +75,7 @@ def test_where_and_how_fast_may_be_changed(vl01):
 
 def test_what_decides_the_text_may_not_be_changed(vl01):
     _, out, _, _ = vl01("--help")
-    for key in Job.model_fields:
+    for key in KEYS:
         allowed = key in WHERE_AND_HOW_FAST - {"output", "strict", "max_failure_rate"}
         assert (f"--{key.replace('_', '-')} " in out) == allowed, key
 

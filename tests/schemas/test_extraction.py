@@ -98,8 +98,8 @@ def test_an_invoice_is_one_typed_struct():
 def test_the_prompt_names_every_field_with_its_description():
     assert load_schema(json.dumps(INVOICE)).description.splitlines() == [
         "- number (text): as printed",
-        "- date (date as YYYY-MM-DD, or null if it is not there)",
-        "- total (number with 2 decimals)",
+        "- date (date as YYYY-MM-DD, or null)",
+        "- total (number with at most 2 decimals)",
         "- lines (list of object)",
         "  - text (text)",
         "  - count (integer, if there is one)",
@@ -250,10 +250,18 @@ def test_what_is_not_json_is_told_so(text):
         ("integer", '"1"', 'x is "1"; expected integer'),
         ("number", "1e400", "expected a finite number"),
         ("number", "null", "x is null; expected number"),
-        ({"type": "number", "multipleOf": 0.01}, "1.005", "expected number with 2 decimals"),
+        (
+            {"type": "number", "multipleOf": 0.01},
+            "1.005",
+            "expected number with at most 2 decimals",
+        ),
         ({"type": "number", "multipleOf": 0.01}, "1e15", "at most 15 digits before the point"),
         ({"type": "number", "multipleOf": 0.01}, "1e999999999", "at most 15 digits"),
-        ({"type": "number", "multipleOf": 0.01}, "1e-999999999", "expected number with 2 dec"),
+        (
+            {"type": "number", "multipleOf": 0.01},
+            "1e-999999999",
+            "expected number with at most 2 dec",
+        ),
         ({"type": "string", "format": "date"}, '"2024-02-31"', "expected a date of the calendar"),
         ({"type": "string", "format": "date"}, '"20240131"', "expected date as YYYY-MM-DD"),
         ({"type": "string", "format": "date"}, '"2024-01-3\u0663"', "expected date as YYYY-MM-DD"),
