@@ -92,6 +92,7 @@ class Job(BaseModel):
         return None if self.json_schema is None else load_schema(self.json_schema)
 
     def sampling(self) -> Sampling:
+        asked = self.extraction()
         return Sampling(
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
@@ -99,6 +100,7 @@ class Job(BaseModel):
             seed=self.seed,
             stop=tuple(self.stop),
             stop_repetition=self.stop_repetition,
+            json_schema=asked and asked.json_schema,
         )
 
     def fingerprint(self, model_revision: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One self-contained page: the report's numbers, charts and contact sheet. Escapes every text."""
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -89,13 +90,27 @@ def _share(part: float, whole: float) -> str:
     return f"{percent:.1f}%"
 
 
-def _fields(data: Any, name: str = "") -> list[tuple[str, str]]:
-    """The fields of an extraction, however nested, as lines of name and value."""
+def _fields(data: Any, confidence: Any) -> list[tuple[str, str, float | None]]:
+    """The fields of an extraction, however nested, as lines of name, value and confidence."""
+    sure = dict(_leaves(confidence))
+    return [(name, _shown(value), sure.get(name)) for name, value in _leaves(data)]
+
+
+def _leaves(data: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value that has no others in it, with its place: seller.name, lines[0].price."""
     if isinstance(data, dict):
         below = ((f"{name}.{key}" if name else key, value) for key, value in data.items())
     elif isinstance(data, list):
         below = ((f"{name}[{i}]", value) for i, value in enumerate(data))
     else:
-        value = data if isinstance(data, str) else json.dumps(data, default=str)
-        return [(name, "\u2013" if data is None else value)]
-    return [line for key, value in below for line in _fields(value, key)]
+        yield name, data
+        return
+    for place, value in below:
+        yield from _leaves(value, place)
+
+
+def _shown(value: Any) -> str:
+    """None as a dash; dates and decimals as they are printed."""
+    if value is None:
+        return "\u2013"
+    return json.dumps(value) if isinstance(value, bool) else str(value)
