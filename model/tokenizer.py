@@ -69,6 +69,10 @@ class Tokenizer:
         """The text of `ids` without special tokens; a character cut short shows as U+FFFD."""
         return self._tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
 
+    def serialize(self) -> str:
+        """The tokenizer as the text of a tokenizer.json, with what its other files add."""
+        return self._tokenizer.backend_tokenizer.to_str()
+
     def _render(self, text: str, system: str | None) -> list[int]:
         content = [{"type": "image", "image": "placeholder"}, {"type": "text", "text": text}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]

@@ -10,6 +10,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # the end-of-text token or a stop string
     LENGTH = "length"  # max_new_tokens were written
     REPETITION = "repetition"  # the answer went round in circles; the text keeps the first round
+    CONSTRAINT = "constraint"  # the grammar of json_schema grew past its limits: cut there
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ import numpy as np
 from model.config import VL01Config, load_config
 from model.engine.answer import Answer
 from model.engine.config import EngineConfig
+from model.engine.constraint import Constraint, Constraints
+from model.engine.live import Live
 from model.engine.memory import Memory
-from model.engine.microbatch import ON_DEVICE, Image, Microbatch, Sampled
-from model.engine.plan import Plan, Segment
+from model.engine.microbatch import Image, Microbatch, Sampled
+from model.engine.plan import Plan
 from model.engine.rank_in_process import RankInProcess
 from model.engine.rank_processes import RankProcesses
 from model.engine.ranks import layer_spans
-from model.engine.sampling import Draw, uniform
+from model.engine.sampling import Masks
 from model.engine.scheduler import Scheduler
 from model.inputs.tiling import choose_layout
 from model.tokenizer import Tokenizer
@@ -47,27 +49,6 @@ class Occupancy:
     blocks: float
 
 
-@dataclass
-class _Live:
-    """An unfinished request. Its tiles are let go once they are sent."""
-
-    request: Request
-    answer: Answer
-
-    def token_ids(self, segment: Segment) -> np.ndarray:
-        if segment.context < len(self.request.token_ids):
-            return self.request.token_ids[segment.context : segment.context + segment.length]
-        answered = segment.context - len(self.request.token_ids)
-        known = self.answer.token_ids[answered : answered + 1]
-        return np.array(known or [ON_DEVICE], dtype=np.int32)
-
-    def draw(self, segment: Segment) -> Draw:
-        sampling = self.request.sampling
-        position = segment.context + segment.length
-        number = uniform(sampling.seed, position) if sampling.temperature else 0.0
-        return Draw(sampling.temperature, sampling.top_p, number)
-
-
 class Engine:
     """Generates for many requests at once. Not thread-safe: one thread calls all methods.
 
@@ -89,8 +70,11 @@ class Engine:
             microbatches=config.ranks,
             ahead=config.plans_ahead,
         )
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, Live] = {}
         self._in_flight: deque[Plan] = deque()
+        self._unmasked: deque[Plan] = deque()  # in flight, constrained and without their masks
+        self._constraints: Constraints | None = None
+        self._threads = config.threads_per_rank
         self._statistics = EngineStatistics()
 
     @property
@@ -119,15 +103,16 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request; `step` will answer it.
 
-        Raises RowError (PROMPT_TOO_LONG) when it can never fit, and ValueError when it
-        contradicts itself: no tokens, an id that no token has, or an image with another number of
-        image tokens or tiles.
+        Raises RowError (PROMPT_TOO_LONG) when it can never fit, ConfigError when no answer can be
+        held to its JSON Schema, and ValueError when it contradicts itself: no tokens, an id that no
+        token has, or an image with another number of image tokens or tiles.
         """
         _check_request(request, self._model)
+        constraint = self._constraint(request.sampling.json_schema)
         prompt_tokens = len(request.token_ids)
         key = self._scheduler.add(prompt_tokens, request.sampling.max_new_tokens)
         answer = Answer(request.sampling, self._model.eos_token_ids, self._tokenizer.decode)
-        self._live[key] = _Live(request, answer)
+        self._live[key] = Live(request, answer, constraint)
 
     def step(self) -> list[Result]:
         """Schedule and run microbatches until the ranks are full; record the oldest.
@@ -135,10 +120,12 @@ class Engine:
         Returns the requests that it finished; none, at once, when there is nothing to do.
         """
         while plan := self._scheduler.schedule():
-            self._ranks.submit(self._take_images(plan), self._microbatch(plan))
-            self._in_flight.append(plan)
+            self._submit(plan)
+            self._send_masks()
         if self._in_flight:
-            return self._record(self._in_flight.popleft(), self._ranks.receive())
+            results = self._record(self._in_flight.popleft(), self._ranks.receive())
+            self._send_masks()
+            return results
         if self._live:
             raise EngineError(f"{len(self._live)} requests are unfinished and none can go on")
         return []
@@ -169,6 +156,53 @@ class Engine:
     ) -> None:
         self.close()
 
+    def _constraint(self, json_schema: str | None) -> Constraint | None:
+        if json_schema is None:
+            return None
+        if self._constraints is None:  # takes a second; most runs have no use for it
+            self._constraints = Constraints(
+                self._tokenizer.serialize(),
+                self._model.text.vocab_size,
+                self._model.eos_token_ids,
+                self._threads,
+            )
+        return self._constraints.start(json_schema)
+
+    def _submit(self, plan: Plan) -> None:
+        microbatch = self._microbatch(plan)
+        self._ranks.submit(self._take_images(plan), microbatch)
+        self._in_flight.append(plan)
+        if microbatch.constrained:
+            self._unmasked.append(plan)
+
+    def _send_masks(self) -> None:
+        """To the constrained microbatches of which all earlier tokens are known.
+
+        The ranks compute all but the choice of tokens without them. When a microbatch is planned
+        ahead, they do so while the host waits for the tokens of the one before and then computes
+        these masks.
+        """
+        while self._unmasked and self._knows_all_before(self._unmasked[0]):
+            self._ranks.constrain(self._masks(self._unmasked.popleft()))
+
+    def _knows_all_before(self, plan: Plan) -> bool:
+        return all(
+            live.knows_all_before(segment)
+            for segment in plan.sampling_segments
+            if (live := self._live.get(segment.sequence)) and live.constraint
+        )
+
+    def _masks(self, plan: Plan) -> Masks:
+        """Of the constrained sequences in the microbatch, less those that ended meanwhile."""
+        assert self._constraints
+        wanted = {
+            row: live.constraint
+            for row, segment in enumerate(plan.sampling_segments)
+            if (live := self._live.get(segment.sequence)) and live.constraint
+        }
+        bits_CW = self._constraints.masks(list(wanted.values()))
+        return Masks(plan.number, tuple(wanted), bits_CW)
+
     def _take_images(self, plan: Plan) -> list[Image]:
         images = []
         for segment in plan.segments:
@@ -181,8 +215,13 @@ class Engine:
 
     def _microbatch(self, plan: Plan) -> Microbatch:
         ids = [self._live[segment.sequence].token_ids(segment) for segment in plan.segments]
-        draws = [self._live[segment.sequence].draw(segment) for segment in plan.sampling_segments]
-        return Microbatch(plan, np.concatenate(ids, dtype=np.int32), tuple(draws))
+        sampling = [(self._live[segment.sequence], segment) for segment in plan.sampling_segments]
+        return Microbatch(
+            plan,
+            np.concatenate(ids, dtype=np.int32),
+            tuple(live.draw(segment) for live, segment in sampling),
+            constrained=any(live.constraint for live, _ in sampling),
+        )
 
     def _record(self, plan: Plan, sampled: Sampled) -> list[Result]:
         assert sampled.number == plan.number
@@ -195,9 +234,9 @@ class Engine:
             if live is None:  # it ended while this token was computed
                 continue
             written += 1
-            if live.answer.append(token, logprob):
+            if live.write(token, logprob):
                 self._scheduler.finish(segment.sequence)
-                results.append(_result(self._live.pop(segment.sequence)))
+                results.append(self._live.pop(segment.sequence).result())
         self._count(plan, written)
         return results
 
@@ -237,18 +276,3 @@ def _check_request(request: Request, model: VL01Config) -> None:
             f"request {request.id} has {tokens} image tokens and {tiles} tiles; an image of size "
             f"{request.image_size} has {expected_tokens} and {expected_tiles}"
         )
-
-
-def _result(live: _Live) -> Result:
-    answer = live.answer
-    assert answer.finish_reason is not None
-    return Result(
-        id=live.request.id,
-        text=answer.text,
-        token_ids=tuple(answer.token_ids),
-        finish_reason=answer.finish_reason,
-        prompt_tokens=len(live.request.token_ids),
-        mean_logprob=answer.mean_logprob,
-        token_logprobs=tuple(answer.logprobs),
-        token_ends=tuple(answer.token_ends),
-    )

@@ -1,5 +1,6 @@
-"""What the coordinator and a rank process say to each other, besides Image, Microbatch, Sampled.
+"""What the coordinator and a rank process say to each other.
 
+Besides these: Image, Microbatch, Masks and Sampled.
 A rank first gets a Start and answers with its Room; it then gets the Capacity and answers Ready.
 """
 

@@ -33,11 +33,13 @@ class Microbatch:
     for the last token sampled for a sequence's slot where the host has not seen it yet.
 
     draws: how to choose a token, for each sampling segment in order.
+    constrained: the draws wait for Masks, which follow; everything before them does not.
     """
 
     plan: Plan
     token_ids: np.ndarray
     draws: tuple[Draw, ...]
+    constrained: bool = False
 
 
 @dataclass(frozen=True)

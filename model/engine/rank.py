@@ -6,6 +6,7 @@ Shapes: T tokens of a microbatch, D hidden size, N sequences that get a token, P
 
 import logging
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from model.engine.microbatch import (
 from model.engine.plan import Plan
 from model.engine.ranks import layer_spans
 from model.engine.rehearsal import measure_room
-from model.engine.sampling import choose
+from model.engine.sampling import Masks, choose
 from model.layers.memory import LayerMemory, SavedSequence, block_bytes, slot_bytes
 from model.layers.ragged import to_device
 from model.weights.checkpoint import load_decoder
@@ -37,6 +38,16 @@ from model.weights.random import random_decoder
 logger = logging.getLogger(__name__)
 
 _CPU_CACHE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A microbatch of which only the choice of tokens is left. logits_NV: None without draws.
+    slots_N: int64, whose tokens they will be."""
+
+    microbatch: Microbatch
+    logits_NV: Tensor | None
+    slots_N: Tensor
 
 
 class Rank:
@@ -98,16 +109,23 @@ class Rank:
         """This rank's layers, which write to its memory."""
         return self.decoder(hidden_TD, ragged_batch(plan, self.device), self._memory)
 
-    def sample(self, hidden_TD: Tensor, microbatch: Microbatch) -> SampledOnDevice:
-        """Last rank: choose the next tokens."""
-        plan = microbatch.plan
-        if not microbatch.draws:
+    def score(self, hidden_TD: Tensor, microbatch: Microbatch) -> Scored:
+        """Last rank: what can be computed of the next tokens before their masks are known."""
+        rows_N, slots_N = last_rows(microbatch.plan, self.device)
+        logits_NV = self.decoder.logits(hidden_TD[rows_N]) if microbatch.draws else None
+        return Scored(microbatch, logits_NV, slots_N)
+
+    def sample(self, scored: Scored, masks: Masks | None = None) -> SampledOnDevice:
+        """Last rank: choose the next tokens; with masks, where the microbatch is constrained."""
+        number = scored.microbatch.plan.number
+        assert scored.microbatch.constrained == (masks is not None)
+        assert masks is None or masks.number == number
+        if scored.logits_NV is None:
             nothing = torch.empty(0)
-            return SampledOnDevice(plan.number, nothing, nothing)
-        rows_N, slots_N = last_rows(plan, self.device)
-        tokens_N, logprobs_N = choose(self.decoder.logits(hidden_TD[rows_N]), microbatch.draws)
-        self._last_tokens_S[slots_N] = tokens_N
-        return SampledOnDevice(plan.number, tokens_N, logprobs_N)
+            return SampledOnDevice(number, nothing, nothing)
+        tokens_N, logprobs_N = choose(scored.logits_NV, scored.microbatch.draws, masks)
+        self._last_tokens_S[scored.slots_N] = tokens_N
+        return SampledOnDevice(number, tokens_N, logprobs_N)
 
     def _place_features(self, microbatch: Microbatch) -> list[tuple[int, Tensor]]:
         """The image features that this microbatch uses, each with the row where it begins."""

@@ -10,7 +10,8 @@ import torch
 from model.engine.config import EngineConfig
 from model.engine.memory import share_out
 from model.engine.microbatch import Image, Microbatch, Sampled, SampledOnDevice
-from model.engine.rank import Rank
+from model.engine.rank import Rank, Scored
+from model.engine.sampling import Masks
 from schemas.errors import EngineError
 
 
@@ -24,6 +25,7 @@ class RankInProcess:
         self.capacity = share_out([rank.room()], config.most_sequences, config.tokens_per_sequence)
         rank.allocate(self.capacity)
         self._rank: Rank | None = rank
+        self._scored: Scored | None = None  # waits for its masks
         self._sampled: deque[SampledOnDevice] = deque()
 
     @property
@@ -32,15 +34,26 @@ class RankInProcess:
 
     @torch.inference_mode()
     def submit(self, images: Sequence[Image], microbatch: Microbatch) -> None:
-        rank = self._rank
-        if rank is None:
-            raise EngineError("the engine is closed")
+        rank = self._open_rank
+        assert self._scored is None  # tokens are chosen in order
         with _failure_explained():
             for image in images:
                 rank.take_image(image)
             rank.swap(microbatch.plan)
             hidden_TD = rank.forward(rank.embed(microbatch), microbatch.plan)
-            self._sampled.append(rank.sample(hidden_TD, microbatch))
+            scored = rank.score(hidden_TD, microbatch)
+            if microbatch.constrained:
+                self._scored = scored
+            else:
+                self._sampled.append(rank.sample(scored))
+
+    @torch.inference_mode()
+    def constrain(self, masks: Masks) -> None:
+        """Choose the tokens of the last microbatch submitted, which was waiting for its masks."""
+        scored, self._scored = self._scored, None
+        assert scored is not None
+        with _failure_explained():
+            self._sampled.append(self._open_rank.sample(scored, masks))
 
     def receive(self) -> Sampled:
         with _failure_explained():  # what fails on a GPU is first heard of here
@@ -49,6 +62,12 @@ class RankInProcess:
     def close(self) -> None:
         """Give the weights and the memory back."""
         self._rank = None
+
+    @property
+    def _open_rank(self) -> Rank:
+        if self._rank is None:
+            raise EngineError("the engine is closed")
+        return self._rank
 
 
 @contextmanager

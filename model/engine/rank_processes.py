@@ -13,6 +13,7 @@ from model.engine.config import EngineConfig
 from model.engine.memory import share_out
 from model.engine.microbatch import Image, Microbatch, Sampled
 from model.engine.rank_process import RankProcess
+from model.engine.sampling import Masks
 from schemas.errors import ConfigError, EngineError
 
 _SECONDS_TO_END = 5.0  # what a rank gets to end by itself before it is killed
@@ -54,6 +55,10 @@ class RankProcesses:
             self._ranks[0].tell(image)
         for rank in self._ranks:
             rank.tell(microbatch)
+
+    def constrain(self, masks: Masks) -> None:
+        """The masks of the last microbatch submitted, which is constrained."""
+        self._ranks[-1].tell(masks)
 
     def receive(self) -> Sampled:
         """The tokens of the oldest microbatch that was submitted and not received."""

@@ -81,10 +81,16 @@ def _serve(channel: Connection, next_message: Callable[[], Any]) -> None:
         if isinstance(message, Image):
             rank.take_image(message)
         else:
-            _compute(rank, message, transport, channel)
+            _compute(rank, message, transport, channel, next_message)
 
 
-def _compute(rank: Rank, microbatch: Microbatch, transport: Transport, channel: Connection) -> None:
+def _compute(
+    rank: Rank,
+    microbatch: Microbatch,
+    transport: Transport,
+    channel: Connection,
+    next_message: Callable[[], Any],
+) -> None:
     plan, decoder = microbatch.plan, rank.decoder
     rank.swap(plan)
     if decoder.is_first:
@@ -93,7 +99,10 @@ def _compute(rank: Rank, microbatch: Microbatch, transport: Transport, channel: 
         hidden_TD = transport.receive(plan.tokens, decoder.config.text.hidden_size, rank.dtype)
     hidden_TD = rank.forward(hidden_TD, plan)
     if decoder.is_last:
-        channel.send(rank.sample(hidden_TD, microbatch).wait())
+        scored = rank.score(hidden_TD, microbatch)
+        # They are the next message, and were computed on the way of the microbatch through ranks.
+        masks = next_message() if microbatch.constrained else None
+        channel.send(rank.sample(scored, masks).wait())
     else:
         transport.send(hidden_TD)
 

@@ -5,11 +5,12 @@ Shapes: T tokens, D hidden size, N sequences.
 
 import logging
 
+import numpy as np
 import torch
 
 from model.decoder import Decoder
 from model.engine.config import EngineConfig
-from model.engine.sampling import Draw, choose
+from model.engine.sampling import Draw, Masks, choose
 from model.engine.sequence import blocks_for
 from model.layers.memory import LayerMemory
 from model.layers.ragged import RaggedBatch
@@ -61,4 +62,7 @@ def _rehearse(decoder: Decoder, device: torch.device, config: EngineConfig) -> N
     if decoder.is_last:
         sequences = min(tokens, config.most_sequences)
         draws = [Draw(temperature=1.0, top_p=0.9, uniform=0.5)] * sequences
-        choose(decoder.logits(hidden_TD[:sequences]), draws)
+        logits_NV = decoder.logits(hidden_TD[:sequences])
+        words = -(-logits_NV.shape[1] // 32)
+        masks = Masks(0, tuple(range(sequences)), np.full((sequences, words), -1, dtype=np.int32))
+        choose(logits_NV, draws, masks)

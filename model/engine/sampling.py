@@ -1,11 +1,12 @@
 """Chooses next tokens from logits. Keeps no state: a draw depends on its own arguments alone.
 
-Shapes: N sequences, V vocabulary.
+Shapes: N sequences, V vocabulary; C of the sequences are constrained, W = ceil(V / 32), B = 4 W.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,19 @@ class Draw:
     uniform: float
 
 
+@dataclass(frozen=True)
+class Masks:
+    """Which tokens some of the sequences of a microbatch may get.
+
+    number: of the microbatch. rows: which of its draws, in order.
+    bits_CW: int32 [C, W], a row for each: bit v % 32 of word v // 32 is 1 if token v is allowed.
+    """
+
+    number: int
+    rows: tuple[int, ...]
+    bits_CW: np.ndarray
+
+
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that depends on (seed, position) alone: 53 bits of a counter's hash.
 
@@ -42,19 +56,36 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def choose(logits_NV: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+def choose(
+    logits_NV: Tensor, draws: Sequence[Draw], masks: Masks | None = None
+) -> tuple[Tensor, Tensor]:
     """A token for each row of fp32 logits, int64 [N], and its log-probability at temperature 1,
     fp32 [N]; on the device of the logits, and the host waits for nothing.
 
+    The log-probability is of the whole vocabulary, before any mask: how sure the model itself was.
     Every row is computed by itself: the other rows change no bit of it.
     """
     logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
+    if masks and masks.rows:
+        logits_NV = _masked(logits_NV, masks)
     tokens_N = logits_NV.argmax(dim=-1)
     drawn = [row for row, draw in enumerate(draws) if draw.temperature > 0]
     if drawn:
         rows = to_device([drawn], logits_NV.device)[0].long()
         tokens_N[rows] = _draw(logits_NV[rows], [draws[row] for row in drawn])
     return tokens_N, logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
+
+
+def _masked(logits_NV: Tensor, masks: Masks) -> Tensor:
+    """The logits with -inf for each token that is not allowed. Unpacked where the logits are."""
+    device = logits_NV.device
+    bits_CB = torch.from_numpy(masks.bits_CW).view(torch.uint8)
+    if device.type == "cuda":
+        bits_CB = bits_CB.pin_memory().to(device, non_blocking=True)
+    bit = torch.arange(8, dtype=torch.uint8, device=device)
+    allowed_CV = (bits_CB[:, :, None] >> bit & 1).flatten(1)[:, : logits_NV.shape[1]].bool()
+    rows = to_device([masks.rows], device)[0].long()
+    return logits_NV.index_copy(0, rows, logits_NV[rows].masked_fill(~allowed_CV, float("-inf")))
 
 
 def _draw(logits_NV: Tensor, draws: Sequence[Draw]) -> Tensor:

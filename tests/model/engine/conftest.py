@@ -1,6 +1,6 @@
 """A tiny random checkpoint, requests for it, and the slow twin of the engine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +84,15 @@ def text_request(id: str, length: int, **sampling) -> Request:
 
 
 @torch.inference_mode()
-def generate_slowly(decoder: Decoder, request: Request) -> tuple[int, ...]:
-    """One request alone: its whole prompt at once, then token by token. No engine."""
+def generate_slowly(
+    decoder: Decoder,
+    request: Request,
+    may_follow: Callable[[Sequence[int]], Sequence[bool]] | None = None,
+) -> tuple[int, ...]:
+    """One request alone: its whole prompt at once, then token by token. No engine.
+
+    may_follow: which tokens of the vocabulary may follow these written ones.
+    """
     config, sampling = decoder.config, request.sampling
     total = len(request.token_ids) + sampling.max_new_tokens
     blocks = list(range(-(-total // BLOCK_TOKENS)))
@@ -104,7 +111,10 @@ def generate_slowly(decoder: Decoder, request: Request) -> tuple[int, ...]:
         hidden = decoder(hidden, batch, memory)[-1:]
         context += batch.lengths[0]
         draw = Draw(sampling.temperature, sampling.top_p, uniform(sampling.seed, context))
-        token = int(choose(decoder.logits(hidden), [draw])[0])
+        logits = decoder.logits(hidden)
+        if may_follow:
+            logits[0, ~torch.tensor(may_follow(written))] = float("-inf")
+        token = int(choose(logits, [draw])[0])
         written.append(token)
         if token in config.eos_token_ids or len(written) == sampling.max_new_tokens:
             return tuple(written)

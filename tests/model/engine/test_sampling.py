@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.engine.sampling import Draw, choose, uniform
+from model.engine.sampling import Draw, Masks, choose, uniform
 
 
 def _choose_slowly(logits: list[float], draw: Draw) -> int:
@@ -45,6 +45,42 @@ def test_tokens_are_those_of_the_slow_twin():
     assert tokens == slow
     exact = torch.log_softmax(logits.double(), -1)[range(400), tokens]
     torch.testing.assert_close(torch.tensor(logprobs).double(), exact, rtol=0, atol=1e-5)
+
+
+def test_masked_tokens_are_those_of_the_slow_twin_and_other_rows_do_not_notice():
+    generator = torch.Generator().manual_seed(1)
+    rng = np.random.default_rng(1)
+    logits = torch.randn(300, 77, generator=generator) * 3
+    draws = [
+        Draw(rng.choice([0.0, 0.3, 1.0, 2.5]), rng.choice([0.05, 0.5, 0.9, 1.0]), rng.random())
+        for _ in range(300)
+    ]
+    allowed = rng.random((300, 77)) < rng.choice([0.03, 0.5], (300, 1))
+    allowed[range(300), rng.integers(0, 77, 300)] = True
+    rows = tuple(range(1, 300, 2))
+    # Packed bit by bit; what lies beyond the vocabulary means nothing.
+    bits = np.zeros((len(rows), 3), dtype=np.uint32)
+    for at, row in enumerate(rows):
+        for token in range(96):
+            if token >= 77 or allowed[row, token]:
+                bits[at, token // 32] |= np.uint32(1 << token % 32)
+    masks = Masks(0, rows, bits.view(np.int32))
+    tokens, logprobs = choose(logits, draws, masks)
+    for row in rows:
+        chosen = _choose_slowly(
+            [
+                x if a else -math.inf
+                for x, a in zip(logits[row].tolist(), allowed[row], strict=True)
+            ],
+            draws[row],
+        )
+        assert (row, int(tokens[row])) == (row, chosen)
+    free_tokens, free_logprobs = choose(logits, draws)
+    assert torch.equal(tokens[::2], free_tokens[::2])
+    assert torch.equal(logprobs[::2], free_logprobs[::2])
+    # How sure the model was, not what the mask left of its choice.
+    exact = torch.log_softmax(logits, -1)[range(300), tokens]
+    assert torch.equal(logprobs, exact)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (2.0, 0.5)])

@@ -1,0 +1,63 @@
+"""One unfinished request as the engine sees it: what was asked, what is written, what may come."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.engine.answer import Answer
+from model.engine.constraint import Constraint
+from model.engine.microbatch import ON_DEVICE
+from model.engine.plan import Segment
+from model.engine.sampling import Draw, uniform
+from schemas.requests import FinishReason, Request, Result
+
+
+@dataclass
+class Live:
+    """The request's tiles are let go once they are sent."""
+
+    request: Request
+    answer: Answer
+    constraint: Constraint | None
+
+    def token_ids(self, segment: Segment) -> np.ndarray:
+        if segment.context < len(self.request.token_ids):
+            return self.request.token_ids[segment.context : segment.context + segment.length]
+        answered = segment.context - len(self.request.token_ids)
+        known = self.answer.token_ids[answered : answered + 1]
+        return np.array(known or [ON_DEVICE], dtype=np.int32)
+
+    def draw(self, segment: Segment) -> Draw:
+        sampling = self.request.sampling
+        position = segment.context + segment.length
+        number = uniform(sampling.seed, position) if sampling.temperature else 0.0
+        return Draw(sampling.temperature, sampling.top_p, number)
+
+    def knows_all_before(self, segment: Segment) -> bool:
+        """Are all tokens before the one that this segment gives known to the host?"""
+        known = len(self.request.token_ids) + len(self.answer.token_ids)
+        return known == segment.context + segment.length
+
+    def write(self, token: int, logprob: float) -> FinishReason | None:
+        """Add a token to the answer; the reason why it was the last one, or None."""
+        reason = self.answer.append(token, logprob)
+        if self.constraint:
+            if not reason:
+                self.constraint.advance(token)
+            if self.constraint.error:
+                reason = self.answer.finish_reason = FinishReason.CONSTRAINT
+        return reason
+
+    def result(self) -> Result:
+        answer = self.answer
+        assert answer.finish_reason is not None
+        return Result(
+            id=self.request.id,
+            text=answer.text,
+            token_ids=tuple(answer.token_ids),
+            finish_reason=answer.finish_reason,
+            prompt_tokens=len(self.request.token_ids),
+            mean_logprob=answer.mean_logprob,
+            token_logprobs=tuple(answer.logprobs),
+            token_ends=tuple(answer.token_ends),
+        )

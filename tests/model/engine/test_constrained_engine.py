@@ -1,0 +1,249 @@
+"""Answers held to a schema, through the engine, beside others that are not: against generating one
+at a time with a mask made from scratch for every token."""
+
+import json
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from jsonschema import Draft202012Validator
+
+from model.engine.config import EngineConfig
+from model.engine.constraint import Constraint, Constraints
+from model.engine.engine import Engine
+from model.engine.memory import Capacity
+from model.tokenizer import Tokenizer
+from schemas.errors import ConfigError
+from schemas.requests import FinishReason, Request, Result, Sampling
+from tests.model.engine.conftest import generate_slowly, text_request, tight_memory, token_ids
+from tests.schemas.random_schemas import random_schema
+
+SCHEMAS = [
+    {"type": "array", "items": {"type": "string"}},
+    {
+        "type": "object",
+        "properties": {
+            "currency": {"enum": ["EUR", "USD"]},
+            "total": {"type": ["integer", "null"]},
+            "lines": {"type": "array", "items": {"type": "boolean"}, "minItems": 2},
+        },
+        "required": ["currency", "total", "lines"],
+        "additionalProperties": False,
+    },
+    {"type": "array", "items": {"type": "boolean"}, "maxItems": 4},
+]
+
+
+def _config(checkpoint, **settings) -> EngineConfig:
+    return EngineConfig(str(checkpoint), **{"device": "cpu", "max_sequences": 32, **settings})
+
+
+def _held(request: Request, schema: dict) -> Request:
+    sampling = replace(request.sampling, json_schema=json.dumps(schema))
+    return replace(request, id=f"held-{request.id}", sampling=sampling)
+
+
+@pytest.fixture(scope="module")
+def held(requests) -> list[Request]:
+    """The same requests as the free ones, each with a schema."""
+    return [_held(each, SCHEMAS[n % len(SCHEMAS)]) for n, each in enumerate(requests)]
+
+
+@pytest.fixture(scope="module")
+def may_follow(checkpoint, model) -> Callable[[str], Callable[[Sequence[int]], Sequence[bool]]]:
+    """Schema -> written tokens -> may each token of the vocabulary follow? From the start again
+    every time, in a mask of one row."""
+    tokenizer = Tokenizer.from_checkpoint(checkpoint).serialize()
+    constraints = Constraints(tokenizer, model.text.vocab_size, model.eos_token_ids, 1)
+
+    def of_schema(schema: str):
+        def may_follow(written: Sequence[int]) -> Sequence[bool]:
+            constraint = constraints.start(schema)
+            for token in written:
+                constraint.advance(token)
+            bits = constraints.masks([constraint]).view(np.uint8)[0]
+            unpacked = [bool(byte >> bit & 1) for byte in bits.tolist() for bit in range(8)]
+            return unpacked[: model.text.vocab_size]
+
+        return may_follow
+
+    return of_schema
+
+
+@pytest.fixture(scope="module")
+def expected_held(decoder, held, may_follow) -> dict[str, tuple[int, ...]]:
+    return {
+        request.id: generate_slowly(decoder, request, may_follow(request.sampling.json_schema))
+        for request in held
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"ahead": True},
+        {"chunk_tokens": 200, "max_sequences": 3, "ahead": True},
+        {"ranks": 3, "chunk_tokens": 192, "threads": 1},
+    ],
+)
+def test_held_and_free_rows_write_what_each_writes_alone(
+    checkpoint, requests, expected, held, expected_held, settings
+):
+    mixed = [each for pair in zip(requests, held, strict=True) for each in pair]
+    with Engine(_config(checkpoint, **settings)) as engine:
+        results = list(engine.generate(mixed))
+        assert engine.unfinished == 0
+    assert token_ids(results) == expected | expected_held
+    for result in results:
+        assert result.finish_reason != FinishReason.CONSTRAINT
+    # Most are cut short, but not all.
+    complete = [r for r in results if r.id in expected_held and r.finish_reason == "stop"]
+    assert len(complete) > 2
+    for result in complete:
+        json.loads(result.text)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_preempted_row_goes_on_where_its_grammar_stood(
+    checkpoint, decoder, model, may_follow, ahead
+):
+    growing = [
+        _held(
+            text_request(f"{n}", 50 + n, max_new_tokens=90, temperature=1.0, seed=n),
+            {"type": "array", "items": {"type": "string"}, "minItems": 90},
+        )
+        for n in range(5)
+    ]
+    settings = tight_memory(model, range(model.text.num_layers), slots=4, blocks=7)
+    with Engine(_config(checkpoint, ahead=ahead, **settings)) as engine:
+        assert engine.capacity == Capacity(4, 7)
+        results = token_ids(list(engine.generate(growing)))
+        assert engine.statistics.preemptions > 0
+    assert results == {
+        request.id: generate_slowly(decoder, request, may_follow(request.sampling.json_schema))
+        for request in growing
+    }
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    with Engine(_config(checkpoint, ahead=True)) as engine:
+        yield engine
+
+
+def test_logprobs_are_the_models_own_also_where_the_schema_left_no_choice(engine, decoder, model):
+    schema = {"type": "object", "properties": {"the": {"type": "null"}}, "required": ["the"]}
+    schema["additionalProperties"] = False
+    (result,) = engine.generate([_held(text_request("sure", 20, max_new_tokens=20), schema)])
+    assert result.text == '{"the":null}'
+    assert result.finish_reason == FinishReason.STOP
+    assert len(result.token_logprobs) == len(result.token_ids)
+    assert min(result.token_logprobs) < -2
+    assert result.token_ends[-1] == len(result.text)
+    # A free row that happened to write the same tokens would report the same.
+    free = {"temperature": 0.0, "max_new_tokens": 20}
+    prompt = np.concatenate([text_request("sure", 20).token_ids, result.token_ids[:3]])
+    forced = Request("next", prompt.astype(np.int32), sampling=Sampling(**free))
+    (next_one,) = engine.generate([forced])
+    if next_one.token_ids[0] == result.token_ids[3]:
+        assert next_one.token_logprobs[0] == pytest.approx(result.token_logprobs[3], abs=1e-5)
+
+
+def test_the_end_of_text_comes_exactly_when_the_answer_is_complete(engine, model):
+    schema = {"enum": ["a", "ab", "abc"]}
+    rows = [
+        _held(text_request(str(seed), 9, max_new_tokens=9, temperature=1.0, seed=seed), schema)
+        for seed in range(12)
+    ]
+    results = list(engine.generate(rows))
+    assert {result.text for result in results} <= {'"a"', '"ab"', '"abc"'}
+    assert len({result.text for result in results}) > 1
+    assert {result.token_ids[-1] for result in results} == set(model.eos_token_ids)
+
+
+def test_a_stop_string_ends_a_held_answer_too(engine):
+    request = _held(text_request("cut", 20, max_new_tokens=60), SCHEMAS[1])
+    request = replace(request, sampling=replace(request.sampling, stop=('","total"',)))
+    (result,) = engine.generate([request])
+    assert result.finish_reason == FinishReason.STOP
+    assert result.text in ('{"currency":"EUR', '{"currency":"USD')
+
+
+def test_a_held_answer_without_room_is_cut_and_says_so(engine):
+    (result,) = engine.generate([_held(text_request("tight", 20, max_new_tokens=3), SCHEMAS[1])])
+    assert result.finish_reason == FinishReason.LENGTH
+    assert len(result.token_ids) == 3
+
+
+@pytest.mark.parametrize("settings", [{"ahead": True}, {"ranks": 2, "threads": 1}])
+def test_a_grammar_that_breaks_down_ends_its_row_alone(
+    checkpoint, held, expected_held, monkeypatch, settings
+):
+    victim = _held(text_request("victim", 12, max_new_tokens=30), SCHEMAS[0])
+    advance, seen = Constraint.advance, []
+
+    def break_down(constraint: Constraint, token: int) -> None:
+        if not seen:
+            seen.append(constraint)
+        advance(constraint, token)
+        if constraint is seen[0] and len(seen) < 4:
+            seen.append(constraint)
+            if len(seen) == 4:
+                advance(constraint, 0)  # '!' where it cannot be
+
+    with Engine(_config(checkpoint, **settings)) as engine:
+        engine.add(victim)
+        monkeypatch.setattr(Constraint, "advance", break_down)
+        results = {result.id: result for result in engine.generate(held[:4])}
+    broken = results.pop(victim.id)
+    assert broken.finish_reason == FinishReason.CONSTRAINT
+    assert 3 <= len(broken.token_ids) < 30
+    assert token_ids(list(results.values())) == {
+        request.id: expected_held[request.id] for request in held[:4]
+    }
+
+
+def test_a_schema_that_cannot_be_followed_is_refused_and_hurts_no_other(engine, requests, expected):
+    bad = replace(requests[0], sampling=Sampling(json_schema='{"type": "bogus"}'))
+    with pytest.raises(ConfigError, match="Invalid type: bogus"):
+        engine.add(bad)
+    assert engine.unfinished == 0
+    assert token_ids(list(engine.generate(requests[:2]))) == {
+        request.id: expected[request.id] for request in requests[:2]
+    }
+
+
+@pytest.mark.parametrize(
+    "count", [pytest.param(60, id="few"), pytest.param(1000, id="many", marks=pytest.mark.slow)]
+)
+def test_every_finished_answer_parses_follows_its_schema_and_is_compact(checkpoint, count):
+    """Random schemas, a model of random weights, temperature 1."""
+    schemas = [random_schema(random.Random(seed)) for seed in range(count)]
+    rows = [
+        _held(text_request(str(n), 6 + n % 50, max_new_tokens=150, temperature=1.0, seed=n), schema)
+        for n, schema in enumerate(schemas)
+    ]
+    with Engine(_config(checkpoint, max_sequences=128, ahead=True)) as engine:
+        results = {result.id: result for result in engine.generate(rows)}
+    assert len(results) == count
+    finished = 0
+    for row, schema in zip(rows, schemas, strict=True):
+        finished += _follows(results[row.id], schema)
+    assert finished > count // 4
+
+
+def _follows(result: Result, schema: dict) -> bool:
+    """Was it finished? If so, it was as it should be."""
+    if result.finish_reason == FinishReason.LENGTH:
+        assert len(result.token_ids) == 150
+        return False
+    assert result.finish_reason == FinishReason.STOP
+    validator = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    validator.validate(json.loads(result.text))
+    outside = re.sub(r'"([^"\\]|\\.)*"', "", result.text)
+    assert not re.search(r"\s", outside), result.text
+    return True
