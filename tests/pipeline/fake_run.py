@@ -1,5 +1,6 @@
 """A run without Ray and without a model: what run.py does around reading and committing."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from pipeline.ledger import Ledger
 from pipeline.plan import Plan
 from pipeline.read import ReadSettings, read_units
 from pipeline.sources import open_source
+from schemas.errors import RowError
+from schemas.extraction import Extraction
 from schemas.job import Job
-from schemas.rows import GENERATED, INPUT, with_kept
+from schemas.rows import GENERATED, INPUT, with_extraction, with_kept
 
 
 def job_of(source: object, output: object, **keys: Any) -> Job:
@@ -28,21 +31,38 @@ def write_images(folder: Path, count: int) -> None:
         (folder / f"{i:04}.jpg").write_bytes(b"image %d" % i)
 
 
-def generated(rows: pa.Table) -> pa.Table:
+def generated(rows: pa.Table, asked: Extraction | None = None) -> pa.Table:
     """The answer to every good row is the image's bytes, so that a row shows where it is from."""
     table = rows.to_pylist()
     for row in table:
+        text = row.pop("data")
         if row["reason"] is None:
-            row["text"], row["finish_reason"] = row["data"].decode(), "stop"
+            row["text"], row["finish_reason"] = text.decode(), "stop"
             row["prompt_tokens"], row["output_tokens"] = 10, 2
+            row |= _extracted(asked, row["text"]) if asked else {}
+    schema = GENERATED
+    if asked:
+        schema = with_extraction(schema, asked.arrow_type, asked.confidence_type)
     kept = pa.schema(list(rows.schema)[len(INPUT) :])
-    return pa.Table.from_pylist(table, with_kept(GENERATED, kept))
+    return pa.Table.from_pylist(table, with_kept(schema, kept))
 
 
-def stream(ledger: Ledger, settings: ReadSettings) -> Iterator[pa.Table]:
+def _extracted(asked: Extraction, text: str) -> dict[str, Any]:
+    """A token for each character, each of the probability one half."""
+    try:
+        data = asked.parse(text)
+    except RowError as error:
+        return {"reason": error.reason, "message": error.message}
+    ends = list(range(1, len(text) + 1))
+    return {"data": data, "confidence": asked.confidence(text, [-math.log(2)] * len(text), ends)}
+
+
+def stream(
+    ledger: Ledger, settings: ReadSettings, asked: Extraction | None = None
+) -> Iterator[pa.Table]:
     for units in ledger.pending():
         for rows in read_units(units, settings):
-            yield generated(rows)
+            yield generated(rows, asked)
 
 
 def run(
@@ -60,7 +80,7 @@ def run(
         ledger.clean_up()
         committer = Committer(ledger, lease)
         settings = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept)
-        for rows in order(list(stream(ledger, settings))):
+        for rows in order(list(stream(ledger, settings, job.extraction()))):
             committer.add(rows)
         assert committer.incomplete() == {}
     return ledger

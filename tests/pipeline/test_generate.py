@@ -2,6 +2,7 @@
 
 import threading
 from collections import deque
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from model.engine.config import EngineConfig
 from pipeline import generate
 from pipeline.generate import Generate, GenerateSettings, row_seed
 from schemas.errors import ConfigError, Reason, RowError
+from schemas.extraction import load_schema
 from schemas.requests import FinishReason, Request, Result, Sampling
 from schemas.rows import GENERATED, PREPARED
 
@@ -149,3 +151,40 @@ def test_gpus_that_are_freed_late_do_not_end_the_run(monkeypatch):
 def test_the_seed_of_a_row_depends_on_the_row_and_the_job_alone():
     assert row_seed(0, "a") == row_seed(0, "a")
     assert len({row_seed(0, "a"), row_seed(0, "b"), row_seed(1, "a")}) == 3
+
+
+SCHEMA = '{"type":"object","properties":{"n":{"type":"integer"}},"required":["n"]}'
+
+
+class JsonEngine(FakeEngine):
+    """Writes a token for each character, of the log-probability of -1 each."""
+
+    answers: ClassVar[dict[str, str]] = {"good": '{"n":7}', "odd": '{"n":"7"}', "cut": '{"n":'}
+
+    def step(self) -> list[Result]:
+        request = self.queue.pop()
+        text = self.answers[request.id]
+        return [
+            Result(
+                id=request.id,
+                text=text,
+                token_ids=tuple(range(len(text))),
+                finish_reason=FinishReason.LENGTH if request.id == "cut" else FinishReason.STOP,
+                prompt_tokens=3,
+                mean_logprob=-1.0,
+                token_logprobs=(-1.0,) * len(text),
+                token_ends=tuple(range(1, len(text) + 1)),
+            )
+        ]
+
+
+def test_an_answer_becomes_typed_fields_or_a_reason_and_a_cut_one_stays_cut(monkeypatch):
+    monkeypatch.setattr(generate, "Engine", JsonEngine)
+    config, asked = EngineConfig("nowhere"), load_schema(SCHEMA)
+    stage = Generate(GenerateSettings(config, Sampling(), TILE, NOTHING_KEPT, asked))
+    table = stage(prepared([good_row("odd"), good_row("good"), good_row("cut")]))
+    assert table.schema.field("data").type == asked.arrow_type
+    assert table["data"].to_pylist() == [None, {"n": 7}, None]
+    assert table["confidence"].to_pylist() == [None, {"n": pytest.approx(0.3679, abs=1e-4)}, None]
+    assert table["reason"].to_pylist() == ["schema_mismatch", None, "max_new_tokens"]
+    assert table["text"].to_pylist() == ['{"n":"7"}', '{"n":7}', '{"n":']

@@ -23,6 +23,7 @@ from pipeline.retry import Choice, chosen
 from pipeline.sources import open_source
 from pipeline.verify import verify
 from schemas.errors import LedgerError
+from schemas.extraction import load_schema
 from schemas.ledger import Unit, UnitKind
 from schemas.rows import OUTPUT
 from tests.pipeline.fake_run import generated, job_of, run, write_images
@@ -47,9 +48,11 @@ def retry(source, output, choice: Choice = FAILED) -> RetrySummary:
         ledger.clean_up()
         units = chosen(ledger, choice)
         replacer = Replacer(ledger, held, units)
+        schema = ledger.job["job"]["schema"]
+        asked = schema and load_schema(schema)
         settings = ReadSettings(open_source(str(source)), 1000, None, ledger.kept)
         for rows in read_units(units, settings):
-            answers = generated(rows)
+            answers = generated(rows, asked)
             tried = [int(answer is not None) for answer in answers["text"].to_pylist()]
             at = answers.column_names.index("attempts")
             replacer.add(answers.set_column(at, "attempts", pa.array(tried, pa.int32())))

@@ -267,10 +267,13 @@ def test_fields_of_an_extraction_are_shown(mixed):
     for unit in ledger.parts():
         part = pq.read_table(ledger.part_path(unit))
         data = pa.array([{"total": 12.5, "lines": ["<b>"]}] * part.num_rows)
-        pq.write_table(part.append_column("data", data), ledger.part_path(unit))
+        sure = pa.array([{"total": 0.876, "lines": [0.5]}] * part.num_rows)
+        part = part.append_column("data", data).append_column("confidence", sure)
+        pq.write_table(part, ledger.part_path(unit))
     page = html_of(write_report(ledger.output))
     assert '<td class="muted">lines[0]</td><td>&lt;b&gt;</td>' in page
     assert '<td class="muted">total</td><td>12.5</td>' in page
+    assert ">0.88</td>" in page
 
 
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
