@@ -18,7 +18,8 @@ from model.engine.engine import Engine
 from model.engine.memory import Capacity
 from model.tokenizer import Tokenizer
 from schemas.errors import ConfigError
-from schemas.requests import FinishReason, Request, Result, Sampling
+from schemas.extraction import load_schema
+from schemas.requests import FinishReason, Request, Sampling
 from tests.model.engine.conftest import generate_slowly, text_request, tight_memory, token_ids
 from tests.schemas.random_schemas import random_schema
 
@@ -213,33 +214,34 @@ def test_a_schema_that_cannot_be_followed_is_refused_and_hurts_no_other(engine, 
     "count", [pytest.param(60, id="few"), pytest.param(1000, id="many", marks=pytest.mark.slow)]
 )
 def test_every_finished_answer_parses_follows_its_schema_and_is_compact(checkpoint, count):
-    """Random schemas, a model of random weights, temperature 1."""
+    """Random schemas, bounded as `extract` bounds them; random weights, temperature 1."""
     schemas = [random_schema(random.Random(seed)) for seed in range(count)]
-    rows = [
-        _held(text_request(str(n), 6 + n % 50, max_new_tokens=150, temperature=1.0, seed=n), schema)
-        for n, schema in enumerate(schemas)
-    ]
+    extractions = [load_schema(json.dumps(schema)) for schema in schemas]
+    rows = []
+    for n, extraction in enumerate(extractions):
+        row = text_request(str(n), 6 + n % 50, max_new_tokens=150, temperature=1.0, seed=n)
+        rows.append(_held(row, json.loads(extraction.json_schema)))
     with Engine(_config(checkpoint, max_sequences=128, ahead=True)) as engine:
         results = {result.id: result for result in engine.generate(rows)}
     assert len(results) == count
     finished = 0
-    for row, schema in zip(rows, schemas, strict=True):
-        finished += _follows(results[row.id], schema)
+    for row, schema, extraction in zip(rows, schemas, extractions, strict=True):
+        result = results[row.id]
+        if result.finish_reason == FinishReason.LENGTH:
+            assert len(result.token_ids) == 150
+            continue
+        assert result.finish_reason == FinishReason.STOP
+        _check_answer(result.text, schema)
+        extraction.parse(result.text)
+        finished += 1
+    print(f"{finished} of {count} were finished")
     assert finished > count // 4
 
 
-def _follows(result: Result, schema: dict) -> bool:
-    """Was it finished? If so, it was as it should be."""
-    if result.finish_reason == FinishReason.LENGTH:
-        assert len(result.token_ids) == 150
-        return False
-    assert result.finish_reason == FinishReason.STOP
+def _check_answer(text: str, schema: dict) -> None:
     # Decimals throughout: of floats, 2306.47 is no multiple of 0.01.
-    schema, answer = (
-        json.loads(text, parse_float=Decimal) for text in (json.dumps(schema), result.text)
-    )
+    schema, answer = (json.loads(each, parse_float=Decimal) for each in (json.dumps(schema), text))
     checker = Draft202012Validator.FORMAT_CHECKER
     Draft202012Validator(schema, format_checker=checker).validate(answer)
-    outside = re.sub(r'"([^"\\]|\\.)*"', "", result.text)
-    assert not re.search(r"\s", outside), result.text
-    return True
+    outside = re.sub(r'"([^"\\]|\\.)*"', "", text)
+    assert not re.search(r"\s", outside), text
