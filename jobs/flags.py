@@ -22,7 +22,7 @@ EndpointUrl = Annotated[
 # The panel of the help that shows a key; a key in none of them stands with --help.
 _PANELS = {
     "Input and output": "output image_column keep unit_rows max_pixels max_bytes decode_seconds "
-    "exif_rotate endpoint_url",
+    "dpi max_pages page_seconds document_seconds exif_rotate endpoint_url",
     "Model": "model quantization dtype device chunk_tokens max_sequences cache_gib",
     "Prompt and answer": "prompt system schema max_new_tokens temperature top_p seed stop "
     "stop_repetition",

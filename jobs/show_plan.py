@@ -29,7 +29,12 @@ is that of the last run on OUT with as many ranks and replicas, or what
 
 _GIB = 1024**3
 _MIB = 1024**2
-_KINDS = {"images": "image files", "tar": "in tars", "parquet": "in Parquet files"}
+_KINDS = {
+    "images": "image files",
+    "documents": "pages of documents",
+    "tar": "in tars",
+    "parquet": "in Parquet files",
+}
 
 
 def write_json(plan: Estimate, path: str) -> None:

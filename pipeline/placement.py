@@ -24,6 +24,8 @@ from schemas.report import Hardware
 HELD_PER_SEQUENCE = 4
 GPU_SEQUENCES = 128  # for feeding only: how many really fit is known once the model is loaded
 CPU_SEQUENCES = 16  # more would only be finished later
+READ_CPUS = 0.25  # reading waits for storage: four reads share a core
+RENDER_CPUS = 1.0  # rendering computes
 CALLS_PER_SEQUENCES = 4  # smaller batches are committed sooner, larger ones cost Ray less
 
 _GPU_KIND = "accelerator_type:"  # how Ray names what kind of GPU a node has
@@ -38,6 +40,7 @@ class Placement:
     replicas: int
     prepare_workers: int
     prepare_cpus: float  # of a worker; together they leave a core for what comes before them
+    read_cpus: float  # of a task that reads a unit
     threads: int | None  # of a rank on CPU
     max_sequences: int | None  # in flight in a replica; None: as many as its memory holds
     chunk_tokens: int  # computed together by a replica
@@ -131,9 +134,10 @@ def _native_stderr_to(path: str) -> Iterator[None]:
         os.close(elsewhere)
 
 
-def place(job: Job) -> Placement:
+def place(job: Job, renders: bool = False) -> Placement:
     """Decides on the stages' shares of the cluster that this process has joined.
 
+    renders: whether there are documents, whose pages are rendered while they are read.
     Raises ConfigError when the GPUs asked for are not there.
     """
     resources = ray.cluster_resources()
@@ -144,13 +148,15 @@ def place(job: Job) -> Placement:
     max_sequences = job.max_sequences or (None if on_gpu else CPU_SEQUENCES)
     batch_rows = -(-(max_sequences or GPU_SEQUENCES) // CALLS_PER_SEQUENCES)
     cores = int(resources.get("CPU", 1))
-    prepare_workers = job.prepare_workers or _prepare_workers(on_gpu, cores, job)
+    prepare_workers = job.prepare_workers or _prepare_workers(on_gpu, cores, job, renders)
+    prepare_cpus = _prepare_cpus(cores, prepare_workers)
     return Placement(
         device="cuda" if on_gpu else "cpu",
         ranks=job.pp,
         replicas=job.replicas,
         prepare_workers=prepare_workers,
-        prepare_cpus=_prepare_cpus(cores, prepare_workers),
+        prepare_cpus=prepare_cpus,
+        read_cpus=_read_cpus(cores - prepare_workers * prepare_cpus, renders),
         threads=None if on_gpu else max(1, cores // (job.pp * job.replicas)),
         max_sequences=max_sequences,
         chunk_tokens=job.chunk_tokens or (16384 if on_gpu else 2048),
@@ -159,9 +165,13 @@ def place(job: Job) -> Placement:
     )
 
 
-def _prepare_workers(on_gpu: bool, cores: int, job: Job) -> int:
-    """All cores but one, which reads; on CPU the model needs them more: one per replica."""
-    return max(1, cores - 1) if on_gpu else min(job.replicas, max(1, cores - 1))
+def _prepare_workers(on_gpu: bool, cores: int, job: Job, renders: bool) -> int:
+    """All cores but one, which reads; half of them where there are pages to render, which takes as
+    long as cutting them. On CPU the model needs them more: one per replica.
+    """
+    if on_gpu:
+        return max(1, cores // 2 if renders else cores - 1)
+    return min(job.replicas, max(1, cores - 1))
 
 
 def _prepare_cpus(cores: int, workers: int) -> float:
@@ -169,6 +179,11 @@ def _prepare_cpus(cores: int, workers: int) -> float:
     tasks that cut and read units: those would wait for ever.
     """
     return min(1.0, (cores - 1) * 1000 // workers / 1000)
+
+
+def _read_cpus(cores_left: float, renders: bool) -> float:
+    """Two tasks that render always fit: the next document need not wait for one of many pages."""
+    return min(RENDER_CPUS, int(cores_left * 500) / 1000) if renders else READ_CPUS
 
 
 def _check_gpus(job: Job, gpus: int) -> None:

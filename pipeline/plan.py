@@ -1,4 +1,4 @@
-"""Cuts a source into units: image files in groups, a tar whole, a Parquet file at its row groups.
+"""Cuts a source into units: images and documents in groups, tars whole, Parquet at row groups.
 
 One pass, in the order of the names. Opens nothing but the footers of Parquet files.
 """
@@ -14,12 +14,16 @@ import pyarrow.parquet as pq
 
 from pipeline.columns import KeptColumns, find_image_column, no_image_column
 from pipeline.sources import Source, kind_of
-from pipeline.storage import PatientFile
+from pipeline.storage import PatientFile, SourceFile
 from schemas.errors import ConfigError
 from schemas.ledger import PLAN, Unit, UnitKind
 
 _FOOTER_THREADS = 32
 _FOOTERS_AHEAD = 256
+# Of a unit of documents: they share the start of a renderer, and wait for each other.
+_DOCUMENTS = 8
+_DOCUMENT_BYTES = 8 * 1024**2
+_LARGE_AHEAD = 4096
 
 
 class _Slice(NamedTuple):
@@ -37,6 +41,42 @@ class _Footer(NamedTuple):
     schema: pa.Schema | None
     group_rows: list[int]
     problem: str | None = None
+
+
+class _Documents:
+    """Groups documents into units. A large one is alone in its unit, and comes late: what takes
+    long, it or its pages, is then not in the way of the others.
+    """
+
+    def __init__(self) -> None:
+        self._small: list[SourceFile] = []
+        self._large: list[str] = []
+
+    def add(self, file: SourceFile) -> Iterator[_Slice]:
+        size = file.size or 0
+        if size > _DOCUMENT_BYTES:
+            self._large.append(file.name)
+            if len(self._large) == _LARGE_AHEAD:
+                yield from self._take_large()
+            return
+        if sum(small.size or 0 for small in self._small) + size > _DOCUMENT_BYTES:
+            yield from self._take_small()
+        self._small.append(file)
+        if len(self._small) == _DOCUMENTS:
+            yield from self._take_small()
+
+    def rest(self) -> Iterator[_Slice]:
+        yield from self._take_small()
+        yield from self._take_large()
+
+    def _take_small(self) -> Iterator[_Slice]:
+        if self._small:
+            yield _Slice(UnitKind.DOCUMENTS, tuple(file.name for file in self._small))
+        self._small = []
+
+    def _take_large(self) -> Iterator[_Slice]:
+        yield from (_Slice(UnitKind.DOCUMENTS, (name,)) for name in self._large)
+        self._large = []
 
 
 class Plan:
@@ -72,10 +112,11 @@ class Plan:
 
     def _slices(self) -> Iterator[_Slice]:
         images: list[str] = []
+        documents = _Documents()
         parquets: list[str] = []
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-            for name in (file.name for file in self._source.files()):
-                kind = kind_of(name)
+            for file in self._source.files():
+                name, kind = file.name, kind_of(file.name)
                 if kind is UnitKind.PARQUET:
                     parquets.append(name)
                     if len(parquets) == _FOOTERS_AHEAD:
@@ -85,13 +126,16 @@ class Plan:
                 self._usable = True
                 if kind is UnitKind.TAR:
                     yield _Slice(UnitKind.TAR, (name,))
-                    continue
-                images.append(name)
+                elif kind is UnitKind.DOCUMENTS:
+                    yield from documents.add(file)
+                else:
+                    images.append(name)
                 if len(images) == self._unit_rows:
                     yield _Slice(UnitKind.IMAGES, tuple(images), 0, len(images))
                     images = []
             if images:
                 yield _Slice(UnitKind.IMAGES, tuple(images), 0, len(images))
+            yield from documents.rest()
             yield from self._parquet_slices(pool, parquets)
 
     def _parquet_slices(self, pool: ThreadPoolExecutor, names: list[str]) -> Iterator[_Slice]:

@@ -1,6 +1,6 @@
 """Reads units into INPUT rows, a few at a time. Bad input becomes rows; nothing raises for it.
 
-Does not look into images: their bytes are passed on as they are.
+Does not look into images: their bytes are passed on as they are. Pages of documents are rendered.
 """
 
 import time
@@ -8,18 +8,24 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
+from pipeline.formats.documents import document_rows
 from pipeline.formats.images import image_rows
 from pipeline.formats.parquet import parquet_rows
 from pipeline.formats.row import TABLE_BYTES, TABLE_ROWS, ReadSettings, Row, row_error
 from pipeline.formats.tar import tar_rows
-from pipeline.plan import row_id, units_of
+from pipeline.plan import units_of
 from schemas.errors import Reason
 from schemas.ledger import Unit, UnitKind
 from schemas.rows import INPUT, with_kept
 
 __all__ = ["ReadSettings", "read_unit", "read_units"]
 
-_ROWS = {UnitKind.IMAGES: image_rows, UnitKind.TAR: tar_rows, UnitKind.PARQUET: parquet_rows}
+_ROWS = {
+    UnitKind.IMAGES: image_rows,
+    UnitKind.DOCUMENTS: document_rows,
+    UnitKind.TAR: tar_rows,
+    UnitKind.PARQUET: parquet_rows,
+}
 
 
 def read_units(units: pa.Table, settings: ReadSettings) -> Iterator[pa.Table]:
@@ -51,7 +57,7 @@ def _wanted_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
     """All rows of a unit, or in a retry those that are done again."""
     none = True
     for row in _ROWS[unit.kind](unit, settings):
-        if unit.wants(row_id(row.name, row.member)):
+        if unit.wants(row.id):
             yield row
             none = False
     if none:
@@ -78,13 +84,13 @@ def _table(
     rows = [row for row, _ in timed]
     count = len(rows)
     values = {
-        "row_id": [row_id(row.name, row.member) for row in rows],
+        "row_id": [row.id for row in rows],
         "unit": [unit.number] * count,
         "index": range(first, first + count),
         "unit_rows": [None] * (count - 1) + [unit_rows],
         "source": [settings.source.full_address(row.name) for row in rows],
         "member": [row.member for row in rows],
-        "page": [None] * count,
+        "page": [row.page for row in rows],
         "reason": [row.error and row.error.reason.value for row in rows],
         "message": [row.error and row.error.message for row in rows],
         "read_seconds": [seconds for _, seconds in timed],

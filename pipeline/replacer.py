@@ -119,18 +119,18 @@ def merge(old: pa.Table, new: pa.Table, unit: Unit, kept: list[str]) -> pa.Table
     status, attempts = both["status"].to_pylist(), both["attempts"].to_pylist()
     ids = both["row_id"].to_pylist()
     known, came = ids[: old.num_rows], {row: i for i, row in enumerate(ids) if i >= old.num_rows}
-    missing = stand_in(unit) if unit.only is None else None
+    missing = stand_ins(unit) if unit.only is None else frozenset()
 
     takes, keeps, tries = [], [], []
     for i, row in enumerate(known):
-        if row == missing and row not in came:
+        if row in missing and unit.wants(row) and row not in came:
             continue
         n = came[row] if row in came and unit.wants(row) else i
         takes.append(n if _VALUE[status[n]] >= _VALUE[status[i]] else i)
         keeps.append(i if status[n] == Status.FAILED else takes[-1])
         tries.append(attempts[i] if n == i else (attempts[i] or 0) + (attempts[n] or 0))
-    if missing is not None:
-        found = sorted(came[row] for row in came.keys() - set(known))
+    if missing:
+        found = sorted(came[row] for row in came.keys() - set(known) - _vanished(unit, set(known)))
         takes, keeps = takes + found, keeps + found
         tries += [attempts[i] for i in found]
 
@@ -142,9 +142,14 @@ def merge(old: pa.Table, new: pa.Table, unit: Unit, kept: list[str]) -> pa.Table
     return merged.cast(both.schema)
 
 
-def stand_in(unit: Unit) -> str | None:
-    """The id of the row that stands for unknown ones, which only uncounted units can have."""
-    return row_id(unit.names[0]) if unit.rows is None else None
+def stand_ins(unit: Unit) -> frozenset[str]:
+    """The ids of rows that stand for unknown ones, which only uncounted units can have."""
+    return frozenset(row_id(name) for name in unit.names) if unit.rows is None else frozenset()
+
+
+def _vanished(unit: Unit, known: set[str]) -> set[str]:
+    """What may come of documents whose pages are known: they could be opened before."""
+    return {row_id(name) for name in unit.names if row_id(name, None, 1) in known}
 
 
 def rows_of(part: bytes) -> pa.Table:

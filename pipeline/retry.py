@@ -18,7 +18,7 @@ from pipeline.model import open_model
 from pipeline.plan import plan_table, units_of
 from pipeline.progress import Progress
 from pipeline.read import ReadSettings
-from pipeline.replacer import Replacer, RetrySummary, rows_of, stand_in
+from pipeline.replacer import Replacer, RetrySummary, rows_of, stand_ins
 from pipeline.run import work
 from pipeline.sources import open_source
 from pipeline.stop import Stop
@@ -80,7 +80,8 @@ def retry(job: Job, choice: Choice) -> RetrySummary:
         replacer = Replacer(ledger, lease, pending)
         if pending.num_rows:
             progress.start(pending.num_rows, "starting Ray, loading the model, doing rows again")
-            read = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept)
+            pages = model.page_settings(job)
+            read = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept, pages)
             # Without a record of the run: commit records tell of whole units, and a pace reckoned
             # from them would be far above that of the few rows that are done here.
             work(job, model, read, pending, replacer, Tally(progress), stop)
@@ -114,14 +115,14 @@ def _committed(ledger: Ledger) -> Iterator[list[Unit]]:
 def _narrow(ledger: Ledger, unit: Unit, choice: Choice) -> Unit | None:
     """The unit, of which only the chosen rows are left; None if there are none.
 
-    A row that stands for all that could not be read of a file (the tail of a cut tar) becomes
-    all the rows that are not known yet.
+    A row that stands for all that could not be read of a file (the tail of a cut tar, a PDF that
+    does not open) becomes all the rows that are not known yet.
     """
     if not choice.among(ledger.record(unit.number)):
         return None
     part = rows_of(ledger.read_part(unit.number)).select(["row_id", "status", "reason"]).to_pylist()
     again = frozenset(row["row_id"] for row in part if choice.holds(row))
-    if stand_in(unit) in again:
+    if stand_ins(unit) & again:
         return replace(unit, but=frozenset(row["row_id"] for row in part) - again)
     return replace(unit, only=again) if again else None
 

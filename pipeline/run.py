@@ -32,10 +32,9 @@ from pipeline.sources import Source, open_source
 from pipeline.stop import Stop
 from pipeline.tally import Tally
 from schemas.job import Job
-from schemas.ledger import PLAN
+from schemas.ledger import PLAN, UnitKind
 from schemas.report import Summary
 
-READ_CPUS = 0.25  # reading waits for storage: four reads share a core
 PREPARE_ROWS = 8
 RETRIES = 5  # of a batch whose worker or replica died under it, before the run stops
 
@@ -58,7 +57,8 @@ def run(job: Job) -> Summary:
             progress.start(
                 pending.num_rows, "starting Ray, loading the model, computing the first answers"
             )
-            read = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept)
+            pages = model.page_settings(job)
+            read = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept, pages)
             with tally.recorded(ledger, lease.run):
                 work(job, model, read, pending, committer, tally, stop)
         return tally.summary(ledger, committer, job.strict)
@@ -76,7 +76,7 @@ def work(
     """Sends units through all the stages. Raises StoppedError when it ends before they are done."""
     with ray_session(job.address):
         stop.listen()
-        flow = Flow(job, model, read, place(job))
+        flow = Flow(job, model, read, place(job, has_documents(pending)))
         tally.hardware = flow.place.hardware()
         tally.metrics = RunMetrics(job.output)
         for rows in stop.relay(flow.generated(pending), committer.incomplete):
@@ -98,6 +98,11 @@ def plan_or_resume(job: Job, source: Source, ledger: Ledger, lease: Lease) -> pa
     return pa.concat_tables([PLAN.empty_table(), *ledger.pending()])
 
 
+def has_documents(units: pa.Table) -> bool:
+    """Whether reading the units, in the PLAN schema, takes rendering pages."""
+    return UnitKind.DOCUMENTS.value in units["kind"].unique().to_pylist()
+
+
 @dataclass(frozen=True)
 class Flow:
     """The stages that run on Ray, and what each of them must know."""
@@ -115,7 +120,7 @@ class Flow:
             partial(read_units, settings=self.read),
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=READ_CPUS,
+            num_cpus=self.place.read_cpus,
         )
         prepared = inputs.map_batches(
             Prepare,
@@ -144,12 +149,14 @@ class Flow:
 
     def prepare_settings(self) -> PrepareSettings:
         job, config = self.job, self.model.config
+        # A rendered page is no larger than its pixels, but may be larger than a small document.
+        max_bytes = max(job.max_bytes, 4 * job.max_pixels)
         return PrepareSettings(
             template=self.model.template,
             pinpoints=config.pinpoints,
             tile=config.vision.image_size,
             patch=config.vision.patch_size,
-            limits=DecodeLimits(job.max_pixels, job.max_bytes, job.decode_seconds),
+            limits=DecodeLimits(job.max_pixels, max_bytes, job.decode_seconds),
             exif_rotate=job.exif_rotate,
             kept=self.read.kept,
         )

@@ -1,4 +1,4 @@
-"""What SOURCE means: the image files, tar shards and Parquet files behind an address, in one order.
+"""What SOURCE means: the images, documents, tars and Parquet files behind an address, in one order.
 
 Lists files only. What is inside of one is for plan.py and read.py.
 """
@@ -14,8 +14,10 @@ from pipeline.storage import SourceFile, full_address, list_files, open_fs, stat
 from schemas.errors import ConfigError
 from schemas.ledger import UnitKind
 
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "avif", "jp2")
+_TIFF_SUFFIXES = ("tif", "tiff")  # of one image, or of many pages: only their content tells
 _KINDS = dict.fromkeys(_IMAGE_SUFFIXES, UnitKind.IMAGES) | {
+    **dict.fromkeys((*_TIFF_SUFFIXES, "pdf"), UnitKind.DOCUMENTS),
     "tar": UnitKind.TAR,
     "parquet": UnitKind.PARQUET,
 }
@@ -26,7 +28,16 @@ _OUR_PART = re.compile(r"part-\d{9}\.parquet")
 
 def kind_of(name: str) -> UnitKind | None:
     """What a file is by its name, whatever the case; None for what is not read."""
-    return _KINDS.get(name.rpartition(".")[2].lower()) if "." in name else None
+    return _KINDS.get(_suffix(name))
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name, where one with several pages counts as its first."""
+    return _suffix(name) in (*_IMAGE_SUFFIXES, *_TIFF_SUFFIXES)
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2].lower() if "." in name else ""
 
 
 def is_hidden(name: str) -> bool:
@@ -124,5 +135,5 @@ def _find(address: str, fs: AbstractFileSystem, path: str) -> Source:
     except Exception as error:  # storage clients raise far more than OSError
         raise ConfigError(f"cannot read {address}: {error}") from error
     raise ConfigError(
-        f"{address} does not exist; expected a folder, a glob, a .tar, a .parquet or an image"
+        f"{address} does not exist; expected a folder, a glob, or a file ending in {READABLE}"
     )

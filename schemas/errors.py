@@ -19,11 +19,17 @@ class Reason(StrEnum):
     # read: the bytes could not be had
     NOT_FOUND = "not_found"  # planned, but gone when it was read
     READ_ERROR = "read_error"  # the storage answered with an error
-    SOURCE_DAMAGED = "source_damaged"  # a tar cut in the middle, a Parquet file that does not open
+    SOURCE_DAMAGED = "source_damaged"  # a tar cut in the middle, a PDF that does not open
     MISSING_COLUMN = "missing_column"  # a Parquet file without the image column
-    EMPTY_SOURCE = "empty_source"  # a tar without a single image, a Parquet file without rows
+    EMPTY_SOURCE = "empty_source"  # a tar without a single image, a PDF without pages
     MISSING_IMAGE = "missing_image"  # a null in the image column
     TOO_MANY_BYTES = "too_many_bytes"
+
+    # read: a document, or a page of it, could not be rendered
+    ENCRYPTED = "encrypted"  # a PDF that asks for a password
+    TOO_MANY_PAGES = "too_many_pages"
+    PAGE_DAMAGED = "page_damaged"
+    RENDER_CRASH = "render_crash"  # the renderer died of it, twice, or ran out of its memory
 
     # prepare: the bytes are not a usable image
     EMPTY_FILE = "empty_file"

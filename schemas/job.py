@@ -25,7 +25,8 @@ class Job(BaseModel):
 
     task: Literal["caption", "ocr", "extract"] = "caption"
     source: str = Field(
-        min_length=1, description="a folder, a glob, a .tar, a .parquet, or one image"
+        min_length=1,
+        description="a folder, a glob, or a file: an image, .pdf, .tif, .tar or .parquet",
     )
     output: str = Field(min_length=1, description="the folder of the dataset that is written")
     model: str = Field(min_length=1, description="a checkpoint folder in VL-01's released layout")
@@ -55,6 +56,14 @@ class Job(BaseModel):
     max_pixels: Positive = Field(100_000_000, description="larger images become failed rows")
     max_bytes: Positive = Field(256 * 1024**2, description="larger files become failed rows")
     decode_seconds: float = Field(30.0, gt=0, description="longest time to decode one image")
+    dpi: float | None = Field(
+        None, gt=0, description="pixels an inch of PDF pages; default: what suits the model's grid"
+    )
+    max_pages: Positive = Field(10_000, description="documents of more pages become a failed row")
+    page_seconds: float = Field(30.0, gt=0, description="longest time to render one page")
+    document_seconds: float = Field(
+        3600.0, gt=0, description="longest time to render one document; pages left then fail"
+    )
     exif_rotate: bool = Field(False, description="turn photographs upright by their EXIF tag")
 
     quantization: Literal["int8", "none"] = Field("int8", description="weights of the text model")
@@ -127,6 +136,8 @@ WHERE_AND_HOW_FAST = {
     "chunk_tokens",
     "cache_gib",
     "decode_seconds",
+    "page_seconds",
+    "document_seconds",
     "prepare_workers",
     "address",
     "endpoint_url",

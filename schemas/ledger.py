@@ -13,6 +13,7 @@ from schemas.errors import LedgerError
 class UnitKind(StrEnum):
     IMAGES = "images"  # some of the image files of a folder
     TAR = "tar"  # one WebDataset shard
+    DOCUMENTS = "documents"  # some PDFs and TIFFs; a row for each page
     PARQUET = "parquet"  # consecutive rows of one Parquet file
 
 
@@ -20,10 +21,11 @@ class UnitKind(StrEnum):
 class Unit:
     """The slice of a source that is read, retried and committed as a whole.
 
-    names: relative to the source's root; many for IMAGES, one otherwise.
+    names: relative to the source's root; many for IMAGES and DOCUMENTS, one otherwise.
     first_row, rows: of the Parquet file; rows is the count of names for IMAGES. It is None where
-    only reading tells: for a tar, and for a Parquet file that could not be planned (damaged, no
-    image column, no rows), which is read again as a whole and, if it still cannot be, is one row.
+    only reading tells: for a tar, for documents, and for a Parquet file that could not be planned
+    (damaged, no image column, no rows), which is read again as a whole and, if it still cannot be,
+    is one row.
     only, but: row ids, in a retry: the rows to do again, and the rows to leave as they are.
     """
 

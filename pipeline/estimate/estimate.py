@@ -73,7 +73,7 @@ def _pending(ledger: Ledger) -> Iterator[Unit]:
 def _header_reader(job: Job, source: Source, model: Model) -> HeaderReader:
     vision = model.config.vision
     return HeaderReader(
-        read=ReadSettings(source, job.max_bytes, job.image_column),
+        read=ReadSettings(source, job.max_bytes, job.image_column, pages=model.page_settings(job)),
         limits=DecodeLimits(job.max_pixels, job.max_bytes, job.decode_seconds),
         exif_rotate=job.exif_rotate,
         pinpoints=model.config.pinpoints,

@@ -1,4 +1,7 @@
-"""The layout of images from their headers: of a file, of some rows of a tar or a Parquet file."""
+"""The layout of images from their headers: of files, of some rows of a tar or a Parquet file.
+
+Of documents it asks a renderer, which renders nothing for it.
+"""
 
 import io
 import tarfile
@@ -9,9 +12,11 @@ from typing import IO, Any
 
 from model.inputs.images import DecodeLimits, image_size
 from model.inputs.tiling import Layout, Pinpoints, choose_layout
+from pipeline.formats.documents import check_pages, on_disk
 from pipeline.formats.parquet import parquet_rows
 from pipeline.formats.row import ReadSettings, blame, check_size
-from pipeline.formats.tar import StrictHeader, is_image
+from pipeline.formats.tar import StrictHeader, is_image_member
+from pipeline.render.renderer import Renderer
 from pipeline.storage import PatientFile
 from schemas.errors import Reason, RowError
 from schemas.ledger import Unit, UnitKind
@@ -46,14 +51,44 @@ class HeaderReader:
     tile: int
     patch: int
 
-    def look_into(self, unit: Unit, most_rows: int) -> Cluster:
-        """At most `most_rows` rows of a unit. Never raises for bad input."""
+    def look_into(self, unit: Unit, most_rows: int) -> list[Cluster]:
+        """At most `most_rows` rows of each image file, document, tar or slice of a Parquet file in
+        a unit. Never raises for bad input.
+        """
         if unit.kind is UnitKind.TAR:
-            return self._tar(unit, most_rows)
+            return [self._tar(unit, most_rows)]
         if unit.kind is UnitKind.PARQUET:
-            return self._parquet(unit, most_rows)
-        seen = [self._file(name) for name in islice(unit.names, most_rows)]
-        return Cluster(len(unit.names), True, [what for what in seen if what is not None])
+            return [self._parquet(unit, most_rows)]
+        if unit.kind is UnitKind.DOCUMENTS:
+            with Renderer(self.read.pages) as renderer:
+                return [self._document(name, most_rows, renderer) for name in unit.names]
+        return [self._image(name) for name in unit.names]
+
+    def _image(self, name: str) -> Cluster:
+        what = self._file(name)
+        return Cluster(1, True, [] if what is None else [what])
+
+    def _document(self, name: str, most_rows: int, renderer: Renderer) -> Cluster:
+        """Pages from its beginning to its end, at even distances."""
+        try:
+            with on_disk(self.read, name) as path:
+                pages, broken = renderer.open(path)
+                if pages is None:
+                    return self._image(name)
+                check_pages(pages, self.read.pages.max_pages)
+                numbers = range(1, pages + 1, -(-pages // most_rows))
+                seen = [self._page(renderer, number) for number in numbers]
+        except RowError as error:
+            return Cluster(1, True, [error.reason])
+        if broken:
+            seen.append(Reason.SOURCE_DAMAGED)
+        return Cluster(pages + bool(broken), True, seen)
+
+    def _page(self, renderer: Renderer, number: int) -> Layout | Reason:
+        try:
+            return choose_layout(*renderer.size(number), self.pinpoints, self.tile, self.patch)
+        except RowError as error:
+            return error.reason
 
     def _file(self, name: str) -> Layout | Reason | None:
         source, file = self.read.source, None
@@ -130,7 +165,7 @@ def _images(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
     """The members that become rows. Raises ReadError at one that the end of the tar cuts."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
-        if is_image(member):
+        if is_image_member(member):
             if member.offset_data + member.size > size:
                 raise tarfile.ReadError("unexpected end of data")
             yield member

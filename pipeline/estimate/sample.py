@@ -1,11 +1,11 @@
 """A sample of the source: each unit is counted, a few of each kind are looked into.
 
-What is looked into is a cluster: an image file, a tar, or a slice of a Parquet file. A kind with
-few clusters is looked into whole. Holds the sample alone, whatever the size of the source.
+What is looked into is a cluster: an image file, a document, a tar, or a slice of a Parquet file. A
+kind with few clusters is looked into whole. Holds the sample alone, however large the source is.
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,9 +16,15 @@ from schemas.errors import Reason
 from schemas.ledger import Unit, UnitKind
 
 HEADERS = 1024  # of each kind: the mean of the tokens then errs by 1.5%, one standard error
-_CLUSTERS = {UnitKind.IMAGES: HEADERS, UnitKind.TAR: 64, UnitKind.PARQUET: 64}
+_CLUSTERS = {
+    UnitKind.IMAGES: HEADERS,
+    UnitKind.DOCUMENTS: 256,
+    UnitKind.TAR: 64,
+    UnitKind.PARQUET: 64,
+}
+_BATCH = {UnitKind.IMAGES: 1, UnitKind.DOCUMENTS: 16}  # files looked into by one call
 # Parquet images are read whole, sixteen at a time; of the others the headers alone.
-_THREADS = {UnitKind.IMAGES: 32, UnitKind.TAR: 32, UnitKind.PARQUET: 2}
+_THREADS = {UnitKind.IMAGES: 32, UnitKind.DOCUMENTS: 4, UnitKind.TAR: 32, UnitKind.PARQUET: 2}
 _SEED = 0
 
 
@@ -37,7 +43,7 @@ class Kind:
     units: int = 0
     rows: int = 0
     clusters: int = 0
-    kept: list[Unit | str] = field(default_factory=list)  # a name is an image file
+    kept: list[Unit | str] = field(default_factory=list)  # a name is a file of its own
     _random: random.Random = field(default_factory=lambda: random.Random(_SEED))
 
     def add(self, cluster: Unit | str) -> None:
@@ -72,7 +78,7 @@ def _count(units: Iterable[Unit]) -> dict[UnitKind, Kind]:
         kind = kinds[unit.kind]
         kind.units += 1
         kind.rows += unit.rows or 1
-        for cluster in unit.names if unit.kind is UnitKind.IMAGES else (unit,):
+        for cluster in unit.names if unit.kind in _BATCH else (unit,):
             kind.add(cluster)
     return kinds
 
@@ -80,10 +86,12 @@ def _count(units: Iterable[Unit]) -> dict[UnitKind, Kind]:
 def _survey(name: UnitKind, kind: Kind, headers: HeaderReader) -> Survey:
     most_rows = max(1, HEADERS // len(kind.kept))
     with ThreadPoolExecutor(_THREADS[name]) as pool:
-        clusters = list(pool.map(lambda c: headers.look_into(_as_unit(c), most_rows), kind.kept))
+        found = pool.map(lambda unit: headers.look_into(unit, most_rows), _units(name, kind.kept))
+        clusters = [cluster for clusters in found for cluster in clusters]
     all_kept = kind.clusters == len(kind.kept)
     counted = sum(cluster.rows for cluster in clusters)
-    rows_known = name is not UnitKind.TAR or (all_kept and all(c.counted for c in clusters))
+    counted_by_planning = name in (UnitKind.IMAGES, UnitKind.PARQUET)
+    rows_known = counted_by_planning or (all_kept and all(c.counted for c in clusters))
     if all_kept:
         rows = counted
     elif rows_known:
@@ -101,5 +109,9 @@ def _weigh(clusters: list[Cluster], scale: float) -> Iterator[Seen]:
             yield Seen(what, cluster.rows / len(cluster.seen) * scale)
 
 
-def _as_unit(cluster: Unit | str) -> Unit:
-    return cluster if isinstance(cluster, Unit) else Unit(0, UnitKind.IMAGES, (cluster,), 0, 1)
+def _units(kind: UnitKind, clusters: Sequence[Unit | str]) -> Iterator[Unit]:
+    """Clusters that are files become units of a few of them."""
+    names = [cluster for cluster in clusters if isinstance(cluster, str)]
+    for i in range(0, len(names), _BATCH.get(kind, 1)):
+        yield Unit(0, kind, tuple(names[i : i + _BATCH[kind]]))
+    yield from (cluster for cluster in clusters if isinstance(cluster, Unit))

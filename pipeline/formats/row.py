@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from pipeline.plan import row_id
+from pipeline.render.settings import PageSettings
 from pipeline.sources import Source
 from pipeline.storage import PatientFile, as_text, patiently
 from schemas.errors import Reason, RowError
@@ -23,34 +24,44 @@ _LONGEST_MESSAGE = 500
 class ReadSettings:
     """What reading needs to know beside the unit. Picklable.
 
-    max_bytes: a larger image becomes a failed row. kept: the schema of the columns carried over.
+    max_bytes: a larger file becomes a failed row. kept: the schema of the columns carried over.
+    pages: how documents are rendered.
     """
 
     source: Source
     max_bytes: int
     image_column: str | None = None
     kept: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    pages: PageSettings = field(default_factory=PageSettings)
 
 
 class Row(NamedTuple):
-    """A row before it has its place in the unit: `data` or `error`, or neither where the unit does
-    not want it; kept: one row, if any."""
+    """A row before it has its place in the unit. page: from 1, of a document. `data` or `error`, or
+    neither where the unit does not want it; kept: one row, if any."""
 
     name: str
     member: str | None
+    page: int | None = None
     data: bytes | None = None
     error: RowError | None = None
     kept: pa.Table | None = None
 
+    @property
+    def id(self) -> str:
+        return row_id(self.name, self.member, self.page)
 
-def read_row(unit: Unit, name: str, member: str | None, read: Callable[[], bytes]) -> Row:
+
+def read_row(
+    unit: Unit, name: str, member: str | None, read: Callable[[], bytes], page: int | None = None
+) -> Row:
     """The row that `read` has the bytes of, or the RowError it raises."""
-    if not unit.wants(row_id(name, member)):
-        return Row(name, member)
+    row = Row(name, member, page)
+    if not unit.wants(row.id):
+        return row
     try:
-        return Row(name, member, read())
+        return row._replace(data=read())
     except RowError as error:
-        return Row(name, member, error=error)
+        return row._replace(error=error)
 
 
 def read_file(settings: ReadSettings, name: str) -> bytes:

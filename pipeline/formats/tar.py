@@ -14,10 +14,10 @@ from pipeline.formats.row import (
     read_row,
     row_error,
 )
-from pipeline.sources import is_hidden, kind_of
+from pipeline.sources import is_hidden, is_image
 from pipeline.storage import PatientFile, as_text
 from schemas.errors import Reason
-from schemas.ledger import Unit, UnitKind
+from schemas.ledger import Unit
 
 _LONGEST_HEADER = 1024**2  # names and attributes; tarfile reads them whole
 _READ_WHOLE = (
@@ -45,7 +45,7 @@ def tar_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
         ):
             while (member := tar.next()) is not None:
                 tar.members.clear()  # else it keeps the header of every member of the shard
-                if is_image(member):
+                if is_image_member(member):
                     text = as_text(member.name)
                     seen[text] += 1
                     # A tar may hold a name twice; a row id, made from the name, may not come twice.
@@ -61,9 +61,9 @@ def tar_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
         yield Row(name, None, error=error)
 
 
-def is_image(member: tarfile.TarInfo) -> bool:
+def is_image_member(member: tarfile.TarInfo) -> bool:
     """Whether a member becomes a row."""
-    return member.isreg() and kind_of(member.name) is UnitKind.IMAGES and not is_hidden(member.name)
+    return member.isreg() and is_image(member.name) and not is_hidden(member.name)
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, max_bytes: int) -> bytes:

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipeline.ledger import Ledger
 from pipeline.plan import units_of
 from pipeline.read import ReadSettings, read_unit
+from pipeline.render.settings import PageSettings
 from pipeline.report.sample import Pick
 from pipeline.sources import open_source
 from pipeline.storage import PatientFile
@@ -93,7 +94,8 @@ def _pictures(
     """By row id: its picture, or why there is none."""
     job = ledger.job["job"]
     source = open_source(job["source"], endpoint_url or job["endpoint_url"])
-    settings = ReadSettings(source, job["max_bytes"], job["image_column"])
+    pages = PageSettings(pinpoints=((2 * THUMBNAIL, 2 * THUMBNAIL),))
+    settings = ReadSettings(source, job["max_bytes"], job["image_column"], pages=pages)
     units = [
         replace(unit, only=frozenset(wanted[unit.number]))
         for table in ledger.planned()

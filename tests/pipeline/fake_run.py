@@ -37,7 +37,7 @@ def generated(rows: pa.Table, asked: Extraction | None = None) -> pa.Table:
     for row in table:
         text = row.pop("data")
         if row["reason"] is None:
-            row["text"], row["finish_reason"] = text.decode(), "stop"
+            row["text"], row["finish_reason"] = text.decode(errors="replace"), "stop"
             row["prompt_tokens"], row["output_tokens"] = 10, 2
             row |= _extracted(asked, row["text"]) if asked else {}
     schema = GENERATED

@@ -39,8 +39,10 @@ from pipeline.storage import make_folder
 from schemas.errors import ConfigError, Reason
 from schemas.estimate import Assumptions, Estimate
 from schemas.job import Job
+from schemas.ledger import UnitKind
 from schemas.report import Hardware, RunRecord
-from tests.images import bad_images, encode, good_images, odd_images, photograph
+from tests.documents import encrypted_pdf, pdf, tiff
+from tests.images import bad_images, encode, good_images, odd_images, page, photograph
 from tests.pipeline.test_s3 import s3, server  # noqa: F401
 from tests.sources import write_folder, write_parquet, write_source, write_tar
 
@@ -86,7 +88,8 @@ def prepared_rows(job: Job) -> list[dict]:
             kept=pa.schema([]),
         )
     )
-    settings = ReadSettings(source, job.max_bytes, job.image_column)
+    pages = model.page_settings(job)
+    settings = ReadSettings(source, job.max_bytes, job.image_column, pages=pages)
     inputs = [table for unit in units for table in read_unit(unit, settings)]
     tables = [prepared.drop_columns(["pixels"]) for table in inputs for prepared in prepare(table)]
     return pa.concat_tables(tables).to_pylist()
@@ -116,11 +119,42 @@ def test_rows_tiles_and_tokens_of_a_mixed_source_are_those_of_the_run(tmp_path, 
     told = plan(job)
     assert {kind: rows.rows_known for kind, rows in told.rows.items()} == {
         "images": True,
+        "documents": True,
         "tar": True,
         "parquet": True,
     }
     assert told.units == len(list(Plan(open_source(job.source), job.unit_rows).units()))
     check_against_a_run(told, job)
+
+
+def test_pages_of_documents_are_counted_and_measured_without_rendering(tmp_path, job):
+    sizes = {2: (842, 595), 3: (20_000, 300)}
+    documents = [
+        ("a.pdf", pdf(["x"] * 3, sizes=sizes)),
+        ("b.pdf", pdf(["x"] * 40)),
+        ("c.pdf", encrypted_pdf()),
+        ("d.pdf", pdf(["x"])[:200]),
+        ("e.pdf", pdf(["x"] * 41)),
+        ("f.tif", tiff([page(0, (300, 200)), page(1, (40, 900))])),
+        ("g.tif", tiff([page(0, (300, 200))])),
+    ]
+    write_folder(tmp_path / "source", documents)
+    job = job.model_copy(update={"max_pages": 40})
+    told = plan(job)
+    assert told.rows["documents"].rows == 3 + 40 + 3 + 2 + 1
+    assert told.reasons == {"encrypted": 1, "source_damaged": 1, "too_many_pages": 1}
+    check_against_a_run(told, job)
+
+
+def test_many_pages_are_told_from_a_sample_of_each_document(tmp_path, job, monkeypatch):
+    monkeypatch.setattr(sample, "HEADERS", 40)
+    documents = [(f"{i}.pdf", pdf(["x"] * 30 * (i + 1))) for i in range(4)]
+    write_folder(tmp_path / "source", documents)
+    told = plan(job)
+    assert told.rows["documents"].rows == 300
+    assert 36 <= told.rows["documents"].headers <= 40
+    assert not told.exact
+    assert told.tiles.total == 300 * told.tiles.median
 
 
 def test_damaged_sources_are_foretold_with_their_reasons(tmp_path, job):
@@ -155,13 +189,15 @@ def test_a_sample_says_so_and_is_near_and_the_same_each_time(tmp_path, job, monk
         write_parquet(tmp_path / "source" / f"{i}.parquet", images[i * 20 : (i + 1) * 20])
     whole = plan(job)
     monkeypatch.setattr(sample, "HEADERS", 48)
-    monkeypatch.setattr(sample, "_CLUSTERS", dict(zip(sample._CLUSTERS, (48, 6, 12), strict=True)))
+    most = dict.fromkeys(UnitKind, 48) | {UnitKind.TAR: 6, UnitKind.PARQUET: 12}
+    monkeypatch.setattr(sample, "_CLUSTERS", most)
     told = plan(job)
     assert whole.exact
     assert not told.exact
     assert told == plan(job)
     assert told.rows["images"].headers == 48
-    assert told.rows["images"].rows == told.rows["parquet"].rows == 160
+    assert told.rows["images"].rows + told.rows["documents"].rows == 160
+    assert told.rows["parquet"].rows == 160
     assert not told.rows["tar"].rows_known
     assert told.rows["tar"].rows == pytest.approx(160, rel=0.3)
     assert told.prompt_tokens.total == pytest.approx(whole.prompt_tokens.total, rel=0.15)
@@ -285,7 +321,7 @@ def test_the_output_of_another_job_stops_the_plan(tmp_path, job):
 
 
 def test_only_what_is_left_is_planned(tmp_path, job):
-    images = good_images(40)
+    images = [(f"{name}.jpg", data) for name, data in good_images(40)]
     write_folder(tmp_path / "source", images)
     ledger = begin(job)
     first = plan(job)

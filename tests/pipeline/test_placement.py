@@ -55,6 +55,15 @@ def test_each_rank_takes_a_gpu_and_the_other_cores_prepare(cluster):
     assert (placed.device, placed.gpus_per_replica, placed.prepare_workers) == ("cuda", 4, 15)
 
 
+def test_rendering_gets_half_of_the_cores_and_always_two_documents_at_a_time(cluster):
+    cluster({"CPU": 16, "GPU": 8})
+    placed = place(job(pp=4), renders=True)
+    assert (placed.prepare_workers, placed.prepare_cpus, placed.read_cpus) == (8, 1.0, 1.0)
+    cluster({"CPU": 2})
+    assert place(job(), renders=True).read_cpus == 0.5
+    assert place(job()).read_cpus == 0.25
+
+
 def test_ranks_on_cpu_share_the_cores_and_never_more_than_there_are(cluster):
     cluster({"CPU": 2})
     placed = place(job(pp=2, replicas=2))

@@ -1,6 +1,7 @@
 """Units hold every row of the source once, cost little to plan, and name wrong columns early."""
 
 import io
+import os
 import tracemalloc
 
 import pyarrow as pa
@@ -38,6 +39,26 @@ def test_every_file_is_in_one_unit(tmp_path):
     assert [u for u in units if u.kind is UnitKind.TAR] == [Unit(1, UnitKind.TAR, ("5a.tar",))]
     parquet = [(u.names, u.first_row, u.rows) for u in units if u.kind is UnitKind.PARQUET]
     assert parquet == [(("5b.parquet",), 0, 5), (("5b.parquet",), 5, 5)]
+
+
+def test_documents_share_units_but_large_ones_which_come_last(tmp_path):
+    sizes = {"a.pdf": 1, "b.tif": 9, "c.pdf": 3, "d.pdf": 6, "e.PDF": 2, "f.tiff": 8}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"")
+        os.truncate(tmp_path / name, size * 1024**2)
+    for i in range(10):
+        (tmp_path / f"g{i}.pdf").write_bytes(b"x")
+    units = list(plan(tmp_path, unit_rows=100).units())
+    assert {u.kind for u in units} == {UnitKind.DOCUMENTS}
+    assert {u.rows for u in units} == {None}
+    assert [u.names for u in units] == [
+        ("a.pdf", "c.pdf"),
+        ("d.pdf", "e.PDF"),
+        ("f.tiff",),
+        tuple(f"g{i}.pdf" for i in range(8)),
+        ("g8.pdf", "g9.pdf"),
+        ("b.tif",),
+    ]
 
 
 @pytest.mark.parametrize(

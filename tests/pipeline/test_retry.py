@@ -39,7 +39,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
 
 
-def retry(source, output, choice: Choice = FAILED) -> RetrySummary:
+def retry(source, output, choice: Choice = FAILED, max_bytes: int = 1000) -> RetrySummary:
     """What pipeline.retry does around the flow, with the flow of fake_run; attempts are 1."""
     ledger = Ledger(str(output))
     ledger.prepare()
@@ -50,7 +50,7 @@ def retry(source, output, choice: Choice = FAILED) -> RetrySummary:
         replacer = Replacer(ledger, held, units)
         schema = ledger.job["job"]["schema"]
         asked = schema and load_schema(schema)
-        settings = ReadSettings(open_source(str(source)), 1000, None, ledger.kept)
+        settings = ReadSettings(open_source(str(source)), max_bytes, None, ledger.kept)
         for rows in read_units(units, settings):
             answers = generated(rows, asked)
             tried = [int(answer is not None) for answer in answers["text"].to_pylist()]

@@ -215,7 +215,7 @@ def test_a_process_told_to_stop_ends_within_30_s_and_its_successor_does_the_rest
     source, output = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     for name, data in good_images(80):
-        (source / name).write_bytes(data)
+        (source / f"{name}.jpg").write_bytes(data)
     arguments = real.caption(source, output, checkpoint)
     process = subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -1,0 +1,89 @@
+"""The rows of a unit of documents: one for each page of a PDF or of a TIFF with several frames."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from pipeline.formats.row import (
+    STREAM_BYTES,
+    ReadSettings,
+    Row,
+    blame,
+    check_size,
+    read_file,
+    read_row,
+    row_error,
+)
+from pipeline.render.renderer import Renderer
+from pipeline.storage import PatientFile, is_local, patiently
+from schemas.errors import Reason, RowError
+from schemas.ledger import Unit
+
+
+def document_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
+    """A document that cannot be opened is one failed row without a page, and so is what follows
+    the last frame that can be reached. A file with one image is its row, as anywhere else.
+    """
+    with Renderer(settings.pages) as renderer:
+        for name in unit.names:
+            try:
+                with on_disk(settings, name) as path:
+                    yield from _rows(unit, name, path, settings, renderer)
+            except RowError as error:
+                yield Row(name, None, error=error)
+
+
+def _rows(
+    unit: Unit, name: str, path: str, settings: ReadSettings, renderer: Renderer
+) -> Iterator[Row]:
+    pages, broken = renderer.open(path)
+    if pages is None:
+        yield read_row(unit, name, None, lambda: read_file(settings, name))
+        return
+    check_pages(pages, settings.pages.max_pages)
+    for page in range(1, pages + 1):
+        yield read_row(unit, name, None, partial(renderer.image, page), page)
+    if broken:
+        raise row_error(Reason.SOURCE_DAMAGED, broken)
+
+
+def check_pages(pages: int, max_pages: int) -> None:
+    """Raises RowError."""
+    if pages == 0:
+        raise RowError(Reason.EMPTY_SOURCE, "it has no pages")
+    if pages > max_pages:
+        raise RowError(
+            Reason.TOO_MANY_PAGES, f"more than {max_pages:,} pages are not read (--max-pages)"
+        )
+
+
+@contextmanager
+def on_disk(settings: ReadSettings, name: str) -> Iterator[str]:
+    """The path of a file on this machine, for another process: of itself, or of a copy made a
+    block at a time. Raises RowError.
+    """
+    fs, path = settings.source.fs, settings.source.path(name)
+    if is_local(fs):
+        check_size(_size(settings, name), settings.max_bytes)
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(suffix="-" + name.rpartition("/")[2][-100:]) as copy:
+        file = None
+        try:
+            with PatientFile(fs, path, block_size=STREAM_BYTES) as file:
+                check_size(file.size, settings.max_bytes)
+                while block := file.read(STREAM_BYTES):
+                    copy.write(block)
+            copy.flush()
+        except Exception as error:  # storage clients raise far more than OSError
+            raise blame(error, file) from error
+        yield copy.name
+
+
+def _size(settings: ReadSettings, name: str) -> int:
+    path = settings.source.path(name)
+    try:
+        return patiently(lambda: settings.source.fs.info(path)["size"])
+    except Exception as error:
+        raise blame(error, None) from error

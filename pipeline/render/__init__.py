@@ -1,0 +1,1 @@
+"""Pages of documents as images, made in a child process that may crash, hang or be killed."""
