@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from model.config import VL01Config
+from model.engine.constraint import check_schema
 from model.engine.ranks import layer_spans
 from model.inputs.prompt import PromptTemplate
 from model.tokenizer import Tokenizer
@@ -37,8 +38,11 @@ class Model:
 
 
 def open_model(job: Job) -> Model:
-    """Raises ConfigError: no VL-01 there, more ranks than layers, special tokens in the prompt."""
+    """Raises ConfigError: no VL-01 there, more ranks than layers, special tokens in the prompt, a
+    schema that answers cannot be held to."""
     config = check_checkpoint(job.model, quantization=job.quantization)
     layer_spans(config.text.num_layers, job.pp)
+    if json_schema := job.sampling().json_schema:
+        check_schema(json_schema)
     template = Tokenizer.from_checkpoint(job.model).prompt_template(job.prompt, job.system)
     return Model(config, template)

@@ -58,6 +58,12 @@ class Kind(ABC):
             {"anyOf": [self._constraint(), {"type": "null"}]} if self.null else self._constraint()
         )
 
+    def constraint_text(self) -> str:
+        """`constraint` as JSON without whitespace."""
+        return json.dumps(
+            self.constraint(), separators=(",", ":"), ensure_ascii=False, default=float
+        )
+
     def value(self, found: Any, where: str) -> Any:
         """What Arrow stores of a JSON value (numbers: int or Decimal). where: for the message of
         the RowError that it raises if this kind does not take it."""

@@ -1,9 +1,12 @@
 """Reads a JSON Schema into kinds of values, and tells every keyword that it cannot use."""
 
+import math
 import re
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
+
+from llguidance import LLMatcher
 
 from schemas.errors import ConfigError
 from schemas.extraction.dates import Date, Moment
@@ -84,17 +87,23 @@ class Reader:
         self._allow(schema, at, {"type", *_KEYWORDS[names[0]]}, f"of {names[0]}")
         common = {"null": "null" in types, "about": _about(schema)}
         match names[0]:
+            case "object":
+                return self._object(schema, at, common)
+            case "array":
+                return self._array(schema, at, common)
             case "boolean":
                 return Boolean(**common)
             case "integer":
-                return Integer(bounds=_bounds(schema), **common)
+                kind = Integer(bounds=_bounds(schema), **common)
             case "number":
-                return self._number(schema, at, common)
-            case "string":
-                return self._string(schema, at, common)
-            case "array":
-                return self._array(schema, at, common)
-        return self._object(schema, at, common)
+                kind = self._number(schema, at, common)
+            case _:
+                kind = self._string(schema, at, common)
+        if error := LLMatcher.validate_grammar(
+            LLMatcher.grammar_from_json_schema(kind.constraint_text())
+        ):
+            self._refuse(at, f"no answer can be held to it: {' '.join(error.split())}")
+        return kind
 
     def _object(self, schema: Mapping[str, Any], at: str, common: dict[str, Any]) -> Kind:
         fields = schema.get("properties", {})
@@ -125,6 +134,8 @@ class Reader:
     def _array(self, schema: Mapping[str, Any], at: str, common: dict[str, Any]) -> Kind:
         if "items" not in schema:
             return self._refuse(f"{at}/items", "expected the schema of the items")
+        if schema.get("minItems", 0) > schema.get("maxItems", math.inf):
+            return self._refuse(f"{at}/minItems", "more than maxItems")
         return Items(
             item=self._kind(schema["items"], f"{at}/items"),
             least=int(schema.get("minItems", 0)),

@@ -81,9 +81,7 @@ class Extraction:
     @property
     def json_schema(self) -> str:
         """What the engine may write, as JSON Schema without whitespace: `parse` takes all of it."""
-        return json.dumps(
-            self.fields.constraint(), separators=(",", ":"), ensure_ascii=False, default=float
-        )
+        return self.fields.constraint_text()
 
     @property
     def description(self) -> str:

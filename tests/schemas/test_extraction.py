@@ -9,8 +9,11 @@ from decimal import Decimal
 from typing import Any
 
 import jsonschema
+import llguidance
+import numpy as np
 import pyarrow as pa
 import pytest
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from schemas.errors import ConfigError, Reason, RowError
 from schemas.extraction import Extraction, load_schema
@@ -356,6 +359,11 @@ def test_each_value_is_found_in_a_text_with_spaces_and_escapes():
         ({"type": "string", "format": "email"}, "#/properties/x/format: only date and date-time"),
         ({"type": "string", "format": "date", "pattern": "a"}, "x/pattern: not beside format date"),
         ({"type": "string", "pattern": "("}, "#/properties/x/pattern: not valid in a JSON Schema"),
+        ({"type": "string", "pattern": "^(?=a)"}, "x: no answer can be held to it: regex parse"),
+        ({"type": "string", "minLength": 5, "maxLength": 4}, "x: no answer can be held to it: "),
+        ({"type": "integer", "minimum": 5, "maximum": 4}, "x: no answer can be held to it: "),
+        ({"type": "integer", "minimum": 10**30}, "x: no answer can be held to it: "),
+        ({"type": "array", "items": {"const": 1}, "minItems": 3, "maxItems": 2}, "x/minItems: "),
         ({"type": "number", "multipleOf": 0.05}, "#/properties/x/multipleOf: only 0.1, 0.01"),
         ({"type": "integer", "multipleOf": 5}, "#/properties/x/multipleOf: not usable"),
         ({"enum": [1, "a"]}, "#/properties/x/enum: expected strings, integers or booleans"),
@@ -436,3 +444,38 @@ def test_references_that_multiply_do_not_fill_the_memory():
         defs[f"d{i}"] = {"type": "object", "properties": {"a": half, "b": half}}
     schema = {"$defs": defs, "type": "object", "properties": {"x": {"$ref": "#/$defs/d39"}}}
     assert "more than 1,000 values" in refusal(schema)
+
+
+# What is written under the constraint
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_whatever_the_engine_may_write_is_taken_and_valid(seed):
+    """A walk through the grammar, where each byte that may come next is as likely as any other."""
+    schema = random_schema(random.Random(seed))
+    extraction = load_schema(json.dumps(schema))
+    for walk in range(3):
+        text = walked(extraction.json_schema, np.random.default_rng([seed, walk]))
+        extraction.parse(text)
+        found = json.loads(text, parse_float=Decimal)
+        jsonschema.validate(found, json.loads(json.dumps(schema), parse_float=Decimal))
+
+
+def walked(json_schema: str, rng: np.random.Generator) -> str:
+    tokenizer = llguidance.LLTokenizer("byte")
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(
+        json_schema,
+        overrides={"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"},
+    )
+    matcher = llguidance.LLMatcher(tokenizer, grammar)
+    mask = allocate_token_bitmask(1, tokenizer.vocab_size)
+    written = b""
+    while True:
+        fill_next_token_bitmask(matcher, mask)
+        assert not matcher.is_error(), matcher.get_error()
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[: tokenizer.vocab_size]
+        byte = int(rng.choice(np.flatnonzero(bits)))
+        if byte == tokenizer.eos_token:
+            return written.decode()
+        written += bytes([byte])
+        matcher.consume_token(byte)
