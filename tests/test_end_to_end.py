@@ -1,14 +1,17 @@
-"""The command as users run it: `vl01 caption` in its own process, real Ray, two ranks, kills."""
+"""The command as users run it: `vl01` in its own process, real Ray, two ranks, kills."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
+import duckdb
 import psutil
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -153,6 +156,46 @@ def test_a_rank_killed_alone_is_replaced_and_no_row_is_lost_or_doubled(tmp_path,
     assert len(rows) == len({row["row_id"] for row in rows}) == len(images)
     assert {row["status"] for row in rows} <= {"ok", "truncated"}
     run(command("verify", output, "--deep"))
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "total": {"type": ["number", "null"], "multipleOf": 0.01},
+        "day": {"type": "string", "format": "date"},
+        "tags": {"type": "array", "maxItems": 2, "items": {"type": "string", "maxLength": 3}},
+    },
+    "required": ["total", "day", "tags"],
+}
+
+
+def test_fields_are_typed_columns_also_after_a_retry_without_the_schema_file(tmp_path, checkpoint):
+    write_source(tmp_path / "source", good_images(12))
+    broken = tmp_path / "source" / "loose" / "broken.jpg"
+    broken.write_bytes(b"no image yet")
+    schema, output = tmp_path / "schema.json", tmp_path / "out"
+    schema.write_text(json.dumps(SCHEMA))
+    arguments = ["--schema", schema, "--temperature", 1, "--max-new-tokens", 80, "--unit-rows", 8]
+    run(command("extract", tmp_path / "source", "--output", output, "--model", checkpoint,
+                "--max-sequences", 8, *arguments))  # fmt: skip
+    schema.unlink()
+    broken.write_bytes(good_images(1)[0][1])
+    run(command("retry", output))
+    run(command("verify", output, "--deep"))
+
+    table = f"'{output}/part-*.parquet'"
+    statuses = dict(duckdb.execute(f"select status, count(*) from {table} group by 1").fetchall())
+    assert statuses.keys() <= {"ok", "truncated"}
+    assert sum(statuses.values()) == 13
+    assert statuses["ok"] >= 7
+    rows = duckdb.execute(
+        f"select text, data.total, data.day, data.tags, confidence.day from {table}"
+        " where status = 'ok'"
+    ).fetchall()
+    for text, total, day, tags, sure in rows:
+        found = json.loads(text, parse_float=Decimal)
+        assert (total, str(day), tags) == (found["total"], found["day"], found["tags"])
+        assert 0 < sure < 1
 
 
 def test_the_same_job_on_s3_writes_the_same_rows(tmp_path, checkpoint, monkeypatch):
