@@ -5,7 +5,6 @@ Knows its own layers and nothing of the other ranks.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional
 from model.config import Residual, VL01Config
 from model.inputs.tiling import choose_layout
 from model.layers.lightning_attention import LightningAttention
-from model.layers.linear import Linear, empty_weight
+from model.layers.linear import Linear, Quantization, empty_weight
 from model.layers.memory import LayerMemory
 from model.layers.moe import MixtureOfExperts
 from model.layers.norm import RMSNorm, residual_norm
@@ -24,8 +23,6 @@ from model.layers.softmax_attention import SoftmaxAttention
 from model.vision.packing import pack
 from model.vision.projector import Projector
 from model.vision.tower import VisionTower
-
-Quantization = Literal["int8", "none"]
 
 _ATTENTION = {"lightning": LightningAttention, "softmax": SoftmaxAttention}
 
@@ -60,9 +57,8 @@ class Decoder(nn.Module):
             self._pixel_statistics = [
                 torch.tensor(x, device=device) for x in (config.image_mean, config.image_std)
             ]
-        quantized = quantization == "int8"
         self.layers = nn.ModuleDict(
-            {str(i): DecoderLayer(config, i, quantized=quantized, **where) for i in span}
+            {str(i): DecoderLayer(config, i, quantization=quantization, **where) for i in span}
         )
         if self.is_last:
             self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps, **where)
@@ -140,18 +136,18 @@ class DecoderLayer(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device | str,
-        quantized: bool,
+        quantization: Quantization,
     ) -> None:
         super().__init__()
         text, kind = config.text, config.text.layer_types[layer]
         where = {"dtype": dtype, "device": device}
         self.input_layernorm = RMSNorm(text.hidden_size, text.rms_norm_eps, **where)
-        self.attention = _ATTENTION[kind](text, layer, quantized=quantized, **where)
+        self.attention = _ATTENTION[kind](text, layer, quantization=quantization, **where)
         self.attention_residual = (
             text.lightning_residual if kind == "lightning" else text.softmax_residual
         )
         self.post_attention_layernorm = RMSNorm(text.hidden_size, text.rms_norm_eps, **where)
-        self.moe = MixtureOfExperts(text, quantized=quantized, **where)
+        self.moe = MixtureOfExperts(text, quantization=quantization, **where)
         self.moe_residual = text.moe_residual
 
     def forward(self, x_TD: Tensor, batch: RaggedBatch, memory: LayerMemory) -> Tensor:

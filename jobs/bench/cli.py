@@ -40,6 +40,11 @@ class Width(StrEnum):
     TINY = "tiny"
 
 
+class Quantization(StrEnum):
+    INT8 = "int8"
+    DYNAMIC = "int8-dynamic"
+
+
 class Device(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
@@ -62,6 +67,9 @@ def bench_slice(
     new: Annotated[int | None, typer.Option(min=1, help="another length of answers")] = None,
     layers: Annotated[int, typer.Option(min=1, help="layers; every 8th is softmax")] = 8,
     width: Annotated[Width, typer.Option(help="tiny: to try it anywhere")] = Width.RELEASED,
+    quantization: Annotated[
+        Quantization, typer.Option(help="int8-dynamic: the inputs of products in int8 too")
+    ] = Quantization.INT8,
     repeat: Annotated[int, typer.Option(min=1, help="runs, of which the best counts")] = 3,
     chunk_tokens: Annotated[int, typer.Option(min=128, help="most tokens at a time")] = 16384,
     device: Annotated[Device, typer.Option()] = Device.AUTO,
@@ -84,8 +92,9 @@ def bench_slice(
     if changes := {name: value for name, value in other.items() if value}:
         chosen = [replace(chosen[-1], name="yours", what="requests", **changes)]
     settings = SliceSettings(
-        layers, str(width), str(device), chunk_tokens, repeat, plain, not no_profile
-    )
+        layers, str(width), str(device), str(quantization), chunk_tokens, repeat, plain,
+        profile=not no_profile,
+    )  # fmt: skip
     measured = []
     with open_slice(settings) as opened:
         report.show_device(opened.device, opened.ceilings)

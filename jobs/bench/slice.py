@@ -30,6 +30,7 @@ class SliceSettings:
     layers: int = 8
     width: str = "released"
     device: str = "auto"
+    quantization: str = "int8"
     chunk_tokens: int = 16384
     repeat: int = 3
     plain: bool = False  # without the kernels
@@ -85,6 +86,7 @@ class Slice:
         self._config = EngineConfig(
             str(folder),
             device=settings.device,  # type: ignore[arg-type]
+            quantization=settings.quantization,  # type: ignore[arg-type]
             chunk_tokens=settings.chunk_tokens,
             random_weights=True,
         )
@@ -138,7 +140,7 @@ class Slice:
     def _bytes(self, workload: Workload) -> float | None:
         if workload.prompt > workload.new:
             return None
-        weight_bytes = 1 if self._config.quantization == "int8" else 2
+        weight_bytes = 2 if self._config.quantization == "none" else 1
         contexts = range(workload.prompt, workload.prompt + workload.new)
         return sum(
             step_bytes(self.model.text, workload.requests, context, weight_bytes)

@@ -6,7 +6,7 @@ from typing import Literal, get_args, get_type_hints
 
 import torch
 
-from model.decoder import Quantization
+from model.layers.linear import Quantization
 from model.layers.ragged import BLOCK_TOKENS
 from schemas.errors import ConfigError
 
@@ -29,6 +29,8 @@ class EngineConfig:
         slots and blocks. Longer sequences work too: they wait or are preempted sooner.
     ahead: plan a microbatch while the one before it is computed, on one rank. None: on cuda, where
         the device would wait for the host; a CPU would only compute tokens in vain.
+    quantization: of the text model's weights. "int8-dynamic" rounds the inputs of their products
+        to int8 too, a scale for each token, where that is faster (the prompts, on a Hopper GPU).
     random_weights: for measuring only: nothing is read from `checkpoint` but its JSON files.
     threads: CPU threads of each rank. None: the cores divided by `ranks`; with one rank, which
         runs inside the calling process, whatever is set there.

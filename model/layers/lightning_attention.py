@@ -5,13 +5,14 @@ arXiv 2501.08313, section 2.2). T tokens, H heads, K = V = D head dimensions, N 
 """
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.config import TextConfig
 from model.layers.dispatch import attention_kernels
-from model.layers.linear import Linear
+from model.layers.linear import Linear, Quantization
 from model.layers.memory import LayerMemory
 from model.layers.norm import RMSNorm, gated_norm
 from model.layers.ragged import BLOCK_TOKENS, Piece, RaggedBatch
@@ -117,17 +118,18 @@ class LightningAttention(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device | str,
-        quantized: bool,
+        quantization: Quantization,
     ) -> None:
         super().__init__()
         width = text.num_heads * text.head_dim
-        where = {"dtype": dtype, "device": device}
+        where: Any = {"dtype": dtype, "device": device}
+        how: Any = {**where, "quantization": quantization}
         self.layer = layer
         self.heads, self.head_dim = text.num_heads, text.head_dim
-        self.qkv_proj = Linear(text.hidden_size, 3 * width, quantized=quantized, **where)
-        self.output_gate = Linear(text.hidden_size, width, quantized=quantized, **where)
+        self.qkv_proj = Linear(text.hidden_size, 3 * width, **how)
+        self.output_gate = Linear(text.hidden_size, width, **how)
         self.norm = RMSNorm(width, _NORM_EPS, **where)
-        self.out_proj = Linear(width, text.hidden_size, quantized=quantized, **where)
+        self.out_proj = Linear(width, text.hidden_size, **how)
         self.slopes_H = lightning_slopes(layer, text).to(device)
 
     def forward(self, x_TD: Tensor, batch: RaggedBatch, memory: LayerMemory) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from model.config import TextConfig
 from model.layers.activation import silu
 from model.layers.dispatch import product_kernels
-from model.layers.linear import Linear, empty_weight, linear
+from model.layers.linear import Linear, Quantization, empty_weight, linear
 
 
 def route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -26,16 +26,19 @@ def experts(
     w13_scale_EF1: Tensor | None,
     w2_EDF: Tensor,
     w2_scale_ED1: Tensor | None,
+    *,
+    quantize_x: bool = False,
 ) -> Tensor:
     """sum over a token's experts of weight * w2(silu(w1 x) * (w3 x)), [T, D] in the dtype of x.
 
     w13_EFD holds the rows of w1 (gate), then those of w3 (up): [E, 2F, D]. The scales are None
-    when the weights are not quantized.
+    when the weights are not quantized; for quantize_x see `linear`.
     """
     if kernels := product_kernels(x_TD, w13_EFD.shape[2], w2_EDF.shape[2]):
         return kernels.experts(
-            x_TD, experts_TK, weights_TK, w13_EFD, w13_scale_EF1, w2_EDF, w2_scale_ED1
-        )
+            x_TD, experts_TK, weights_TK, w13_EFD, w13_scale_EF1, w2_EDF, w2_scale_ED1,
+            quantize_x=quantize_x,
+        )  # fmt: skip
     y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     order = experts_TK.flatten().argsort(stable=True)
     counts = experts_TK.flatten().bincount(minlength=len(w13_EFD)).tolist()
@@ -45,8 +48,9 @@ def experts(
         tokens = picks // experts_TK.shape[1]
         w13_scale = None if w13_scale_EF1 is None else w13_scale_EF1[expert]
         w2_scale = None if w2_scale_ED1 is None else w2_scale_ED1[expert]
-        gate, up = linear(x_TD[tokens], w13_EFD[expert], w13_scale).chunk(2, dim=-1)
-        out = linear(silu(gate) * up, w2_EDF[expert], w2_scale)
+        both = linear(x_TD[tokens], w13_EFD[expert], w13_scale, quantize_x=quantize_x)
+        gate, up = both.chunk(2, dim=-1)
+        out = linear(silu(gate) * up, w2_EDF[expert], w2_scale, quantize_x=quantize_x)
         # A token meets an expert once at most, so the order of its sum is that of the experts.
         y_TD.index_add_(0, tokens, out * weights_TK.flatten()[picks, None])
     return y_TD.to(x_TD.dtype)
@@ -61,9 +65,11 @@ class MixtureOfExperts(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device | str,
-        quantized: bool,
+        quantization: Quantization,
     ) -> None:
         super().__init__()
+        quantized = quantization != "none"
+        self.quantize_x = quantization == "int8-dynamic"
         count, hidden, inner = text.num_experts, text.hidden_size, text.intermediate_size
         weight_dtype = torch.int8 if quantized else dtype
         self.top_k = text.experts_per_token
@@ -79,5 +85,6 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         experts_TK, weights_TK = route(self.gate(x_TD), self.top_k)
         return experts(
-            x_TD, experts_TK, weights_TK, self.w13, self.w13_scale, self.w2, self.w2_scale
-        )
+            x_TD, experts_TK, weights_TK, self.w13, self.w13_scale, self.w2, self.w2_scale,
+            quantize_x=self.quantize_x,
+        )  # fmt: skip

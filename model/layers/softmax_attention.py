@@ -4,12 +4,14 @@ T tokens, H query heads, G kv heads, R = H / G, D head dimensions, B blocks, P p
 block, L positions attended to, N tokens of a piece.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from model.config import TextConfig
 from model.layers.dispatch import attention_kernels
-from model.layers.linear import Linear
+from model.layers.linear import Linear, Quantization
 from model.layers.memory import LayerMemory
 from model.layers.ragged import BLOCK_TOKENS, Piece, RaggedBatch
 from model.layers.rotary import rotary, rotary_tables
@@ -91,16 +93,16 @@ class SoftmaxAttention(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device | str,
-        quantized: bool,
+        quantization: Quantization,
     ) -> None:
         super().__init__()
         width, kv_width = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-        where = {"dtype": dtype, "device": device}
+        how: Any = {"dtype": dtype, "device": device, "quantization": quantization}
         self.layer = layer
         self.widths, self.head_dim = (width, kv_width, kv_width), text.head_dim
         self.rotary_dim, self.rope_theta = text.rotary_dim, text.rope_theta
-        self.qkv_proj = Linear(text.hidden_size, width + 2 * kv_width, quantized=quantized, **where)
-        self.out_proj = Linear(width, text.hidden_size, quantized=quantized, **where)
+        self.qkv_proj = Linear(text.hidden_size, width + 2 * kv_width, **how)
+        self.out_proj = Linear(width, text.hidden_size, **how)
 
     def forward(self, x_TD: Tensor, batch: RaggedBatch, memory: LayerMemory) -> Tensor:
         q_THD, k_TGD, v_TGD = (

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from model.config import VL01Config, load_config
-from model.decoder import Decoder, Quantization
+from model.decoder import Decoder
+from model.layers.linear import Quantization
 from model.weights.names import TensorEntry, checkpoint_tensors
 from model.weights.quantization import quantize
 from model.weights.shards import INDEX, ShardReader, StoredTensor, stored_tensors
@@ -179,7 +180,7 @@ def _load(
     entry = source.entry
     target = _rows(parameters[entry.target], entry)
     scales = None
-    if entry.quantized and quantization == "int8":
+    if entry.quantized and quantization != "none":
         scales = _rows(parameters[f"{entry.target}_scale"], entry)
     for row, piece in reader.pieces(source.data):
         place = slice(row, row + len(piece))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from model.config import VL01Config
-from model.decoder import Decoder, Quantization
+from model.decoder import Decoder
+from model.layers.linear import Quantization
 
 _INT8_DEVIATION = 127 / math.sqrt(3)  # of whole numbers from -127 to 127, all as likely
 

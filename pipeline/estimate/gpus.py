@@ -76,7 +76,7 @@ def _ranks(model: VL01Config, engine: EngineConfig, count: int) -> list[_Rank]:
     dtype = engine.torch_dtype
     return [
         _Rank(
-            weights=_weight_bytes(model, span, engine.quantization == "int8", dtype),
+            weights=_weight_bytes(model, span, engine.quantization != "none", dtype),
             reserve=_reserve(model.text, engine, is_last=span is spans[-1]),
             slot=slot_bytes(model.text, span),
             block=block_bytes(model.text, span, dtype),

@@ -95,6 +95,11 @@ def bench_linear() -> None:
             name = f"[{outputs}, {width}] at {tokens}"
             ms = milliseconds(lambda i, x=x, w=weights: int8_linear(x, *w[i % COPIES]))
             report(f"int8 {name}", ms, flops, moved + outputs * width)
+            if tokens > 256:
+                ms = milliseconds(
+                    lambda i, x=x, w=weights: int8_linear(x, *w[i % COPIES], quantize_x=True)
+                )
+                report(f"  int8 inputs {name}", ms, flops, moved + outputs * width)
             ms = milliseconds(lambda i, x=x, w=plain: x @ w[i % COPIES].T)
             report(f"  torch bf16 {name}", ms, flops, moved + 2 * outputs * width)
 
@@ -108,14 +113,13 @@ def bench_experts() -> None:
         x = random(tokens, HIDDEN)
         chosen = torch.rand(tokens, EXPERTS, device="cuda").topk(2).indices
         weights = torch.full((tokens, 2), 0.5, device="cuda")
-        ms = milliseconds(lambda _, x=x, c=chosen, w=weights: experts(x, c, w, *w13, *w2))
         used = len(chosen.unique())
-        report(
-            f"experts, {tokens} tokens on {used}",
-            ms,
-            2 * 2 * tokens * 3 * INNER * HIDDEN,
-            used * 3 * INNER * HIDDEN + 2 * 2 * tokens * HIDDEN,
-        )
+        flops = 2 * 2 * tokens * 3 * INNER * HIDDEN
+        moved = used * 3 * INNER * HIDDEN + 2 * 2 * tokens * HIDDEN
+        for quantize_x in (False, True) if tokens > 2048 else (False,):
+            run = partial(experts, x, chosen, weights, *w13, *w2, quantize_x=quantize_x)
+            name = f"experts{', int8 inputs' * quantize_x}, {tokens} tokens on {used}"
+            report(name, milliseconds(partial(ignoring_count, run)), flops, moved)
 
 
 def batch_of(lengths: list[int], contexts: list[int]) -> tuple[RaggedBatch, int]:

@@ -64,7 +64,7 @@ def test_every_mistake_is_named_in_a_line_of_its_own(tmp_path):
         ("prompt: 7", "prompt is 7; it should be a valid string"),
         ("prompt: ''", "prompt is ''; it should have at least 1 character"),
         ("stop: [a, 7]", "stop[1] is 7; it should be a valid string"),
-        ("quantization: int4", "quantization is 'int4'; it should be 'int8' or 'none'"),
+        ("quantization: 4", "quantization is 4; it should be 'int8', 'int8-dynamic' or 'none'"),
         ("strict: perhaps", "strict is 'perhaps'; it should be a valid boolean"),
         ("top_p: 0", "top_p is 0; it should be greater than 0"),
         ("task: capton", "task is 'capton'; it should be 'caption', 'ocr' or 'extract'"),

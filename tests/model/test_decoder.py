@@ -31,6 +31,11 @@ def int8_decoder(checkpoint) -> Decoder:
     return load_decoder(checkpoint, LAYERS, **CPU, quantization="int8")
 
 
+@pytest.fixture(scope="module")
+def dynamic_decoder(checkpoint):
+    return load_decoder(checkpoint, LAYERS, **CPU, quantization="int8-dynamic")
+
+
 def memory_for(decoder: Decoder, span: range = LAYERS, dtype=torch.float32) -> LayerMemory:
     return LayerMemory(decoder.config.text, span, slots=4, blocks=16, dtype=dtype, device="cpu")
 
@@ -148,9 +153,9 @@ def test_logits_are_those_of_transformers(decoder):
 
 
 @pytest.mark.parametrize("cuts", [[0, 64, 200], [0, 128, 192, 200]])
-@pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_chunks_change_no_bit(decoder, int8_decoder, cuts, quantization):
-    model = {"none": decoder, "int8": int8_decoder}[quantization]
+@pytest.mark.parametrize("quantization", ["none", "int8", "int8-dynamic"])
+def test_chunks_change_no_bit(decoder, int8_decoder, dynamic_decoder, cuts, quantization):
+    model = {"none": decoder, "int8": int8_decoder, "int8-dynamic": dynamic_decoder}[quantization]
     ids = draw_ids(200, seed=1)
     assert torch.equal(run(model, ids, cuts), run(model, ids, [0, 200]))
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.layers.kernels.int8 import load_weight, settle
-from model.layers.kernels.linear import wide
+from model.layers.kernels.linear import dynamic, wide
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,13 @@ SORT_ROWS = 256
 def experts(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor,
     w13_EFD: Tensor, w13_scale_EF1: Tensor | None, w2_EDF: Tensor, w2_scale_ED1: Tensor | None,
-    *, config: ExpertsConfig | None = None,
+    *, quantize_x: bool = False, config: ExpertsConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """Weighted sum over each token's experts of w2(silu(w1 x) * w3 x) -> y_TD bf16.
 
     x_TD bf16; experts_TK int64; weights_TK fp32; w13 [E, 2F, D] (first w1, the gate, then w3) and
     w2 [E, D, F] int8 with bf16 scales per row, or bf16 with None. D and F must be multiples of 32.
+    quantize_x lets the inputs of both products be rounded to int8 where that is faster.
     """
     tokens, hidden = x_TD.shape
     count, doubled, _ = w13_EFD.shape
@@ -66,16 +67,20 @@ def experts(
     rows = experts_TK.numel()
     if max(x_TD.numel(), rows * width) >= 1 << 31:
         raise ValueError(f"{rows} rows of {width}; the kernels index them with 32 bits")
-    h_RF = torch.empty(rows, width, device=x_TD.device, dtype=x_TD.dtype)
     y_RD = torch.empty(rows, hidden, device=x_TD.device, dtype=x_TD.dtype)
     grouped = group_rows(experts_TK, count)
     choices, weights_TK = experts_TK.shape[1], weights_TK.contiguous()
     many = w13_scale_EF1 is not None and rows > MOST_NARROW * count and config is None
-    if many and wide and wide.can_multiply(hidden) and wide.can_multiply(width):
+    if many and quantize_x and dynamic:
+        dynamic.experts(x_TD, w13_EFD, w13_scale_EF1, w2_EDF, w2_scale_ED1, y_RD, grouped,
+                        weights_TK)  # fmt: skip
+    elif many and wide and wide.can_multiply(hidden) and wide.can_multiply(width):
+        h_RF = torch.empty(rows, width, device=x_TD.device, dtype=x_TD.dtype)
         pairs = (w13_EFD.view(torch.int16), w2_EDF.view(torch.int16))
         wide.gate_up(x_TD, pairs[0], w13_scale_EF1, h_RF, grouped, choices)
         wide.down(h_RF, pairs[1], w2_scale_ED1, y_RD, grouped, weights_TK)
     else:
+        h_RF = torch.empty(rows, width, device=x_TD.device, dtype=x_TD.dtype)
         config = config or next(c for most, c in CONFIGS if rows <= most * count)
         _launch(_gate_up, config.w13, grouped, x_TD, w13_EFD, w13_scale_EF1, h_RF, width, hidden,
                 CHOICES=choices)  # fmt: skip
@@ -101,6 +106,18 @@ class GroupedRows:
         """Tiles of `tile` rows that are enough however the rows fall on the experts."""
         rows = self.rows_R.shape[0]
         return (rows + min(self.experts, rows) * (tile - 1)) // tile
+
+    def tiles(self, tile: int) -> tuple[Tensor, Tensor]:
+        """int32 [most_tiles, 3]: (expert, first, end row) of each tile; and their number [1]."""
+        most = self.most_tiles(tile)
+        tiles_W3 = torch.empty(most, 3, device=self.ends_E.device, dtype=torch.int32)
+        count_1 = torch.empty(1, device=self.ends_E.device, dtype=torch.int32)
+        block = 128
+        _list_tiles[(triton.cdiv(most, block),)](
+            self.ends_E, tiles_W3, count_1, self.experts, most, TILE=tile, BLOCK=block,
+            EXPERTS=triton.next_power_of_2(self.experts),
+        )  # fmt: skip
+        return tiles_W3, count_1
 
 
 def group_rows(experts_TK: Tensor, count: int) -> GroupedRows:
@@ -177,6 +194,30 @@ def _place_rows(
     hits = (expert[:, None] == each[None, :]).to(tl.int32)
     place = tl.sum(hits * (tl.cumsum(hits, 0) - 1 + first[None, :]), 1)
     tl.store(sorted_rows + place, row, mask=row < rows)
+
+
+@triton.jit
+def _list_tiles(
+    ends, tiles, tile_count, count, most,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """An expert's tiles follow each other; those past the last are of an expert that is none."""
+    each = tl.arange(0, EXPERTS)
+    end = tl.load(ends + each, mask=each < count, other=0)
+    start = tl.load(ends + each - 1, mask=(each > 0) & (each < count), other=0)
+    number = tl.where(each < count, (end - start + TILE - 1) // TILE, 0)
+    last = tl.cumsum(number, 0)
+    work = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    passed = (last[None, :] <= work[:, None]) & (each < count)[None, :]
+    expert = tl.sum(passed.to(tl.int32), 1)
+    mine = each[None, :] == expert[:, None]
+    before = tl.sum(tl.where(mine, start - (last - number) * TILE, 0), 1)
+    live = work < most
+    tl.store(tiles + 3 * work, expert, mask=live)
+    tl.store(tiles + 3 * work + 1, before + work * TILE, mask=live)
+    tl.store(tiles + 3 * work + 2, tl.sum(tl.where(mine, end, 0), 1), mask=live)
+    if tl.program_id(0) == 0:
+        tl.store(tile_count, tl.sum(number, 0))
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import torch
 from optimum.quanto import qint8  # noqa: F401  (registers torch.ops.quanto)
 from torch.nn import functional
 
-from model.layers.linear import linear
+from model.layers.linear import linear, quantize_rows
 from model.weights.quantization import quantize
 
 
@@ -39,3 +39,24 @@ def test_padding_leaves_no_trace_in_shape_or_value():
     y = linear(x, weight)
     assert y.shape == (5, 12)
     torch.testing.assert_close(y, functional.linear(x, weight))
+
+
+def test_a_product_of_int8_inputs_is_the_whole_numbers_times_both_scales():
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(20, 96, generator=generator) * torch.logspace(-3, 3, 20)[:, None]
+    weight, scale = quantize(torch.randn(80, 96, generator=generator))
+    levels, steps = quantize_rows(x)
+    assert torch.equal(levels.abs().amax(dim=1), torch.full((20,), 127, dtype=torch.int8))
+    sums = levels.long() @ weight.long().T
+    expected = sums.float() * steps * scale.float().T
+    found = linear(x, weight, scale, quantize_x=True)
+    assert torch.equal(found, expected)
+    exact = linear(x, weight, scale)
+    error = (found - exact).norm(dim=1) / exact.norm(dim=1)
+    assert error.max() < 0.02
+
+
+def test_a_row_of_zeros_is_no_division_by_zero():
+    levels, steps = quantize_rows(torch.tensor([[0.0, 0.0], [1.0, -0.5]]))
+    assert levels.tolist() == [[0, 0], [127, -64]]
+    assert steps[0] == 0

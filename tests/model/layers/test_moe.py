@@ -47,6 +47,18 @@ def test_a_token_does_not_change_with_the_tokens_around_it():
         assert torch.equal(experts(x[part], chosen[part], shares[part], *stored), whole[part])
 
 
+def test_int8_inputs_change_little_and_no_token_its_neighbours():
+    stored, _ = weights(quantized=True)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(60, HIDDEN, generator=generator)
+    chosen, shares = route(torch.randn(60, EXPERTS, generator=generator), 2)
+    exact = experts(x, chosen, shares, *stored)
+    whole = experts(x, chosen, shares, *stored, quantize_x=True)
+    assert 0 < (whole - exact).norm() / exact.norm() < 0.03
+    part = experts(x[5:9], chosen[5:9], shares[5:9], *stored, quantize_x=True)
+    assert torch.equal(part, whole[5:9])
+
+
 def test_routing_is_a_softmax_over_all_then_the_top_renormalised():
     logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]])
     chosen, shares = route(logits, 2)
