@@ -1,5 +1,6 @@
 """The engine through the kernels: its greedy tokens against the plain code in fp32 on a CPU."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from model.layers.memory import LayerMemory
 from model.layers.ragged import BLOCK_TOKENS, RaggedBatch
 from model.nano.random_checkpoint import write_random_checkpoint
 from model.weights.checkpoint import load_decoder
-from schemas.requests import Request
+from schemas.requests import FinishReason, Request, Sampling
 from tests.model.engine.conftest import make_request, text_request, token_ids
 
 pytestmark = [
@@ -100,6 +101,26 @@ def test_the_same_requests_get_the_same_tokens_every_time(checkpoint, requests):
     with Engine(EngineConfig(str(checkpoint), **SETTINGS)) as engine:
         first, second = (token_ids(list(engine.generate(requests))) for _ in range(2))
     assert first == second
+
+
+def test_held_answers_follow_their_schema_beside_free_ones(checkpoint, requests):
+    """The masks travel to the GPU while it computes: one late or in the wrong row would show."""
+    schemas = [{"enum": [f"row {n}", f"row {n} twice"]} for n in range(40)]
+    held = [
+        Request(
+            f"held-{n}",
+            text_request("", 20 + n).token_ids,
+            sampling=Sampling(temperature=1.0, seed=n, json_schema=json.dumps(schema)),
+        )
+        for n, schema in enumerate(schemas)
+    ]
+    with Engine(EngineConfig(str(checkpoint), **SETTINGS)) as engine:
+        results = {r.id: r for r in engine.generate([*requests[:3], *held, *requests[3:]])}
+    assert len(results) == len(requests) + len(held)
+    for n, schema in enumerate(schemas):
+        result = results[f"held-{n}"]
+        assert result.finish_reason == FinishReason.STOP
+        assert json.loads(result.text) in schema["enum"]
 
 
 def test_the_plain_code_can_be_asked_for(checkpoint, requests, monkeypatch):
