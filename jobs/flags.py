@@ -21,8 +21,9 @@ EndpointUrl = Annotated[
 
 # The panel of the help that shows a key; a key in none of them stands with --help.
 _PANELS = {
-    "Input and output": "output image_column keep unit_rows max_pixels max_bytes decode_seconds "
-    "dpi max_pages page_seconds document_seconds exif_rotate endpoint_url",
+    "Input and output": "output image_column uri_column keep unit_rows max_pixels max_bytes "
+    "decode_seconds dpi max_pages page_seconds document_seconds exif_rotate endpoint_url",
+    "Lists of addresses": "allow_host fetch_seconds host_requests host_rate",
     "Model": "model quantization dtype device chunk_tokens max_sequences cache_gib",
     "Prompt and answer": "prompt system schema max_new_tokens temperature top_p seed stop "
     "stop_repetition",
@@ -60,7 +61,9 @@ def _add(command: Callable[..., None], parameters: list[inspect.Parameter]) -> C
 
 
 def _change(key: str, field: FieldInfo) -> inspect.Parameter:
-    annotation = Annotated[str | None, _shape(key, field, _value_type(field.annotation))]
+    value = _value_type(field.annotation)
+    typed: Any = list[str] | None if get_origin(value) is tuple else str | None
+    annotation = Annotated[typed, _shape(key, field, value)]
     return inspect.Parameter(
         key, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None
     )

@@ -34,6 +34,7 @@ _KINDS = {
     "documents": "pages of documents",
     "tar": "in tars",
     "parquet": "in Parquet files",
+    "list": "in lists",
 }
 
 

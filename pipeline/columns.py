@@ -1,4 +1,4 @@
-"""Which columns of a Parquet file are used: the image column, and the columns that are kept."""
+"""Which columns of a Parquet file are used: that of images or addresses, and those kept."""
 
 import pyarrow as pa
 import pyarrow.types as t
@@ -46,6 +46,27 @@ def no_image_column(schema: pa.Schema, wanted: str | None) -> str:
     return f"no {looked_for} of type binary or struct<bytes, path> among its columns: {columns}"
 
 
+def find_column(schema: pa.Schema, image_column: str | None, uri_column: str | None) -> str | None:
+    """The column that a row's image is in, or, if `uri_column` is given, its address."""
+    if uri_column is None:
+        return find_image_column(schema, image_column)
+    index = schema.get_field_index(uri_column)
+    return uri_column if index >= 0 and _is_text(schema.field(index).type) else None
+
+
+def no_column(schema: pa.Schema, image_column: str | None, uri_column: str | None) -> str:
+    """Why `find_column` gave None, for a user."""
+    if uri_column is None:
+        return no_image_column(schema, image_column)
+    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    return f"no column {uri_column!r} of type string among its columns: {columns}"
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    type_ = plain_type(type_)
+    return t.is_string(type_) or t.is_large_string(type_)
+
+
 class KeptColumns:
     """The schema of the columns to keep, put together from the files that have them.
 
@@ -80,9 +101,7 @@ class KeptColumns:
 
     def schema(self) -> pa.Schema:
         if missing := [name for name in self.keep if name not in self._found]:
-            raise ConfigError(
-                f"cannot keep {', '.join(missing)}: no Parquet file has such a column"
-            )
+            raise ConfigError(f"cannot keep {', '.join(missing)}: no file has such a column")
         return pa.schema([(name, self._found[name][0]) for name in self.keep])
 
 

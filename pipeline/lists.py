@@ -155,16 +155,16 @@ class AddressList:
 
     def _json_records(self, lines: "_Lines") -> Iterator[Record]:
         column = self._uri_column
-        while (start := lines.offset) is not None and (line := next(lines, None)) is not None:
-            if line.isspace():
-                continue
-            values = _parse(line)
-            if values and column is None and (column := choose_column(values, None)) is None:
-                raise ConfigError(
-                    f"{self._address}, line {lines.number}: {no_column(values, None)}"
-                )
-            address = values.get(column) if column else None
-            yield Record(start, lines.number, _usable(address), values)
+        start = lines.offset
+        for line in lines:
+            if not line.isspace():
+                values = _parse(line)
+                if values and column is None and (column := choose_column(values, None)) is None:
+                    where = f"{self._address}, line {lines.number}"
+                    raise ConfigError(f"{where}: {no_column(values, None)}")
+                address = values.get(column) if column else None
+                yield Record(start, lines.number, _usable(address), values)
+            start = lines.offset
 
 
 def _text_records(lines: "_Lines") -> Iterator[Record]:
@@ -249,8 +249,7 @@ class _Lines:
                 f"{self._address}, line {self.number}: longer than a megabyte; expected a list of"
                 " addresses"
             )
-        if self.offset == 0:
-            if line.startswith(_UTF16_MARKS):
-                raise ConfigError(f"{self._address} is text in UTF-16; expected UTF-8")
+        if self.offset == 0 and line.startswith(_UTF16_MARKS):
+            raise ConfigError(f"{self._address} is text in UTF-16; expected UTF-8")
         self.offset += len(line)
         return line.removeprefix(_UTF8_MARK).decode("utf-8", "backslashreplace")

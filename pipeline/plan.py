@@ -1,6 +1,7 @@
-"""Cuts a source into units: images and documents in groups, tars whole, Parquet at row groups.
+"""Cuts a source into units: images, documents and addresses in groups, tars whole, Parquet at row
+groups.
 
-One pass, in the order of the names. Opens nothing but the footers of Parquet files.
+One pass, in the order of the names. Opens nothing but lists and the footers of Parquet files.
 """
 
 import hashlib
@@ -12,7 +13,8 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.columns import KeptColumns, find_image_column, no_image_column
+from pipeline.columns import KeptColumns, find_column, no_column
+from pipeline.lists import AddressList
 from pipeline.sources import Source, kind_of
 from pipeline.storage import PatientFile, SourceFile
 from schemas.errors import ConfigError
@@ -88,12 +90,14 @@ class Plan:
         unit_rows: int,
         image_column: str | None = None,
         keep: tuple[str, ...] = (),
+        uri_column: str | None = None,
     ) -> None:
         self._source = source
         self._unit_rows = unit_rows
         self._image_column = image_column
+        self._uri_column = uri_column
         self._kept = KeptColumns(keep)
-        self._problem: str | None = None  # of the first Parquet file that has one
+        self._problem: str | None = None  # of the first file that has one
         self._usable = False
 
     def units(self) -> Iterator[Unit]:
@@ -123,6 +127,9 @@ class Plan:
                         yield from self._parquet_slices(pool, parquets)
                         parquets = []
                     continue
+                if kind is UnitKind.LIST:
+                    yield from self._list_slices(name)
+                    continue
                 self._usable = True
                 if kind is UnitKind.TAR:
                     yield _Slice(UnitKind.TAR, (name,))
@@ -137,6 +144,22 @@ class Plan:
                 yield _Slice(UnitKind.IMAGES, tuple(images), 0, len(images))
             yield from documents.rest()
             yield from self._parquet_slices(pool, parquets)
+
+    def _list_slices(self, name: str) -> Iterator[_Slice]:
+        address = self._source.full_address(name)
+        try:
+            file = PatientFile(self._source.fs, self._source.path(name))
+        except Exception as error:  # storage clients raise far more than OSError
+            raise ConfigError(f"cannot read {address}: {error}") from error
+        with file:
+            addresses = AddressList(file, address, self._uri_column, self._kept.keep)
+            for group in addresses.groups(self._unit_rows):
+                members = group.members
+                yield _Slice(UnitKind.LIST, (name, *members), group.offset, len(members))
+                self._usable = True
+        kept = sorted(addresses.kept)
+        self._kept.add(pa.schema([(column, pa.string()) for column in kept]), address)
+        self._problem = self._problem or f"{address} holds no address"
 
     def _parquet_slices(self, pool: ThreadPoolExecutor, names: list[str]) -> Iterator[_Slice]:
         for name, footer in zip(names, pool.map(self._footer, names), strict=True):
@@ -159,8 +182,9 @@ class Plan:
                 schema = metadata.schema.to_arrow_schema()
         except Exception as error:  # the storage's errors and the parser's are of many classes
             return _Footer(None, [], f"cannot be read as Parquet: {error}")
-        if find_image_column(schema, self._image_column) is None:
-            return _Footer(schema, [], no_image_column(schema, self._image_column))
+        columns = self._image_column, self._uri_column
+        if find_column(schema, *columns) is None:
+            return _Footer(schema, [], no_column(schema, *columns))
         if metadata.num_rows == 0:
             return _Footer(schema, [], "holds no rows")
         groups = range(metadata.num_row_groups)
@@ -198,6 +222,8 @@ def planned_row_ids(unit: Unit) -> list[str] | None:
         return None
     if unit.kind is UnitKind.IMAGES:
         return [row_id(name) for name in unit.names]
+    if unit.kind is UnitKind.LIST:
+        return [row_id(unit.names[0], member) for member in unit.names[1:]]
     rows = range(unit.first_row, unit.first_row + unit.rows)
     return [row_id(unit.names[0], str(row)) for row in rows]
 

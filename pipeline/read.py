@@ -5,27 +5,58 @@ Does not look into images: their bytes are passed on as they are. Pages of docum
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pyarrow as pa
 
+from pipeline.fetch.hosts import Hosts
+from pipeline.fetch.settings import FetchSettings
 from pipeline.formats.documents import document_rows
 from pipeline.formats.images import image_rows
+from pipeline.formats.lists import list_rows
 from pipeline.formats.parquet import parquet_rows
 from pipeline.formats.row import TABLE_BYTES, TABLE_ROWS, ReadSettings, Row, row_error
 from pipeline.formats.tar import tar_rows
 from pipeline.plan import units_of
+from pipeline.render.settings import PageSettings
+from pipeline.sources import Source
 from schemas.errors import Reason
+from schemas.job import Job
 from schemas.ledger import Unit, UnitKind
 from schemas.rows import INPUT, with_kept
 
-__all__ = ["ReadSettings", "read_unit", "read_units"]
+__all__ = ["ReadSettings", "quickly", "read_settings", "read_unit", "read_units"]
 
+_LOOK_SECONDS = 10.0
 _ROWS = {
     UnitKind.IMAGES: image_rows,
     UnitKind.DOCUMENTS: document_rows,
     UnitKind.TAR: tar_rows,
     UnitKind.PARQUET: parquet_rows,
+    UnitKind.LIST: list_rows,
 }
+
+
+def read_settings(job: Job, source: Source, pages: PageSettings) -> ReadSettings:
+    """What a job says of reading, but for the columns to keep. Raises ConfigError."""
+    Hosts(job.allow_host)  # else each read task would find the mistake, after the model is loaded
+    fetch = FetchSettings(
+        job.allow_host, job.fetch_seconds, job.host_requests, job.host_rate, job.endpoint_url
+    )
+    return ReadSettings(
+        source,
+        job.max_bytes,
+        job.image_column,
+        pages=pages,
+        uri_column=job.uri_column,
+        fetch=fetch,
+    )
+
+
+def quickly(settings: ReadSettings) -> ReadSettings:
+    """For a look at some rows, which can do without those of a slow server."""
+    seconds = min(settings.fetch.seconds, _LOOK_SECONDS)
+    return replace(settings, fetch=replace(settings.fetch, seconds=seconds))
 
 
 def read_units(units: pa.Table, settings: ReadSettings) -> Iterator[pa.Table]:

@@ -17,7 +17,7 @@ from pipeline.ledger import Ledger
 from pipeline.model import open_model
 from pipeline.plan import plan_table, units_of
 from pipeline.progress import Progress
-from pipeline.read import ReadSettings
+from pipeline.read import read_settings
 from pipeline.replacer import Replacer, RetrySummary, rows_of, stand_ins
 from pipeline.run import work
 from pipeline.sources import open_source
@@ -69,6 +69,7 @@ def retry(job: Job, choice: Choice) -> RetrySummary:
     job = job.model_copy(update={"max_failure_rate": 1.0})  # they are known to fail
     model = open_model(job)
     source = open_source(job.source, job.endpoint_url)
+    read = read_settings(job, source, model.page_settings(job))
     ledger = Ledger(job.output, job.endpoint_url)
     ledger.prepare()
     progress = Progress()
@@ -80,8 +81,7 @@ def retry(job: Job, choice: Choice) -> RetrySummary:
         replacer = Replacer(ledger, lease, pending)
         if pending.num_rows:
             progress.start(pending.num_rows, "starting Ray, loading the model, doing rows again")
-            pages = model.page_settings(job)
-            read = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept, pages)
+            read = replace(read, kept=ledger.kept)
             # Without a record of the run: commit records tell of whole units, and a pace reckoned
             # from them would be far above that of the few rows that are done here.
             work(job, model, read, pending, replacer, Tally(progress), stop)

@@ -7,7 +7,7 @@ gathers them into units and commits each unit once.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pyarrow as pa
@@ -27,7 +27,7 @@ from pipeline.placement import Placement, configure_ray_data, place, ray_session
 from pipeline.plan import Plan
 from pipeline.prepare import BLOCK_BYTES, Prepare, PrepareSettings
 from pipeline.progress import Progress
-from pipeline.read import ReadSettings, read_units
+from pipeline.read import ReadSettings, read_settings, read_units
 from pipeline.sources import Source, open_source
 from pipeline.stop import Stop
 from pipeline.tally import Tally
@@ -47,6 +47,7 @@ def run(job: Job) -> Summary:
     """
     model = open_model(job)
     source = open_source(job.source, job.endpoint_url)
+    read = read_settings(job, source, model.page_settings(job))
     ledger = Ledger(job.output, job.endpoint_url)
     ledger.prepare()
     with Stop(job.grace_seconds) as stop, Lease(ledger) as lease, Progress() as progress:
@@ -57,8 +58,7 @@ def run(job: Job) -> Summary:
             progress.start(
                 pending.num_rows, "starting Ray, loading the model, computing the first answers"
             )
-            pages = model.page_settings(job)
-            read = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept, pages)
+            read = replace(read, kept=ledger.kept)
             with tally.recorded(ledger, lease.run):
                 work(job, model, read, pending, committer, tally, stop)
         return tally.summary(ledger, committer, job.strict)
@@ -92,7 +92,7 @@ def plan_or_resume(job: Job, source: Source, ledger: Ledger, lease: Lease) -> pa
     """The units still to do, in the PLAN schema. Raises ConfigError if OUT holds another job."""
     fingerprint = job.fingerprint(checkpoint_revision(job.model))
     if not ledger.resume(fingerprint):
-        plan = Plan(source, job.unit_rows, job.image_column, job.keep)
+        plan = Plan(source, job.unit_rows, job.image_column, job.keep, job.uri_column)
         ledger.create(job, fingerprint, plan, lease.run)
     ledger.clean_up()
     return pa.concat_tables([PLAN.empty_table(), *ledger.pending()])

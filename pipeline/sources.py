@@ -1,4 +1,5 @@
-"""What SOURCE means: the images, documents, tars and Parquet files behind an address, in one order.
+"""What SOURCE means: the images, documents, tars, Parquet files or lists behind an address, in one
+order.
 
 Lists files only. What is inside of one is for plan.py and read.py.
 """
@@ -22,13 +23,16 @@ _KINDS = dict.fromkeys(_IMAGE_SUFFIXES, UnitKind.IMAGES) | {
     "parquet": UnitKind.PARQUET,
 }
 READABLE = ", ".join("." + suffix for suffix in _KINDS)
+# Read only where SOURCE names them: beside images, a .txt holds a caption, a .csv the labels.
+_LISTS: dict[str, UnitKind] = dict.fromkeys(("txt", "csv", "jsonl"), UnitKind.LIST)
+_LISTS_TOO = f"; lists of addresses ({', '.join('.' + suffix for suffix in _LISTS)}) are read"
 _MAGIC = re.compile(r"[*?\[]")
 _OUR_PART = re.compile(r"part-\d{9}\.parquet")
 
 
 def kind_of(name: str) -> UnitKind | None:
     """What a file is by its name, whatever the case; None for what is not read."""
-    return _KINDS.get(_suffix(name))
+    return _KINDS.get(_suffix(name)) or _LISTS.get(_suffix(name))
 
 
 def is_image(name: str) -> bool:
@@ -69,6 +73,7 @@ class Source:
     def files(self) -> Iterator[SourceFile]:
         """Everything to read, in the byte order of the names. Raises ConfigError.
 
+        Lists of addresses are among it only where SOURCE is one, or a glob that ends like one.
         Hidden files are left out, and so are the parts of datasets that `vl01` wrote: an output
         inside of its source must not be read as another source.
         """
@@ -78,10 +83,15 @@ class Source:
                 yield stat_file(self.fs, self.path(self.only))._replace(name=self.only)
                 return
             for file in self._listed():
-                if kind_of(file.name) and (pattern is None or pattern.match(file.name)):
+                if self._is_read(file.name) and (pattern is None or pattern.match(file.name)):
                     yield file
         except Exception as error:  # storage clients raise far more than OSError
             raise ConfigError(f"cannot list {self.address}: {error}") from error
+
+    def _is_read(self, name: str) -> bool:
+        kind = kind_of(name)
+        names_lists = kind_of(self.pattern or "") is UnitKind.LIST
+        return kind is not None and (names_lists or kind is not UnitKind.LIST)
 
     def _listed(self) -> Iterator[SourceFile]:
         ours = set()
@@ -112,7 +122,10 @@ def open_source(address: str, endpoint_url: str | None = None) -> Source:
     fs, path = open_fs(address, endpoint_url)
     source = _find(address, fs, path)
     if next(source.files(), None) is None:
-        raise ConfigError(f"nothing to read in {address}; expected files ending in {READABLE}")
+        raise ConfigError(
+            f"nothing to read in {address}; expected files ending in {READABLE}{_LISTS_TOO} when"
+            " SOURCE is their name or a glob such as lists/*.txt"
+        )
     return source
 
 
@@ -123,7 +136,9 @@ def _find(address: str, fs: AbstractFileSystem, path: str) -> Source:
         if fs.isfile(path):
             folder, _, name = path.rpartition("/")
             if kind_of(name) is None:
-                raise ConfigError(f"cannot read {address}; expected a file ending in {READABLE}")
+                raise ConfigError(
+                    f"cannot read {address}; expected a file ending in {READABLE}{_LISTS_TOO} too"
+                )
             return Source(address, fs, folder, only=name)
         # Only now: brackets and question marks are allowed in the name of a file.
         if magic := _MAGIC.search(path):
@@ -136,4 +151,5 @@ def _find(address: str, fs: AbstractFileSystem, path: str) -> Source:
         raise ConfigError(f"cannot read {address}: {error}") from error
     raise ConfigError(
         f"{address} does not exist; expected a folder, a glob, or a file ending in {READABLE}"
+        f"{_LISTS_TOO} too"
     )

@@ -17,12 +17,15 @@ class Reason(StrEnum):
     """Why a row has no answer, or no good one; the `reason` column of a row that is not ok."""
 
     # read: the bytes could not be had
-    NOT_FOUND = "not_found"  # planned, but gone when it was read
+    NOT_FOUND = "not_found"  # planned, but gone when it was read; HTTP 404 and 410
     READ_ERROR = "read_error"  # the storage answered with an error
     SOURCE_DAMAGED = "source_damaged"  # a tar cut in the middle, a PDF that does not open
     MISSING_COLUMN = "missing_column"  # a Parquet file without the image column
     EMPTY_SOURCE = "empty_source"  # a tar without a single image, a PDF without pages
-    MISSING_IMAGE = "missing_image"  # a null in the image column
+    MISSING_IMAGE = "missing_image"  # a null in the image column, or in that of addresses
+    BAD_ADDRESS = "bad_address"  # in a list: no address, or of a kind that is not read
+    HOST_REFUSED = "host_refused"  # not on the public internet, and not allowed by --allow-host
+    HTTP_ERROR = "http_error"  # the server answered with another status than 200, 404 or 410
     TOO_MANY_BYTES = "too_many_bytes"
 
     # read: a document, or a page of it, could not be rendered
@@ -36,7 +39,7 @@ class Reason(StrEnum):
     NOT_AN_IMAGE = "not_an_image"
     DECODE_ERROR = "decode_error"  # an image format was recognised, its content is damaged
     TOO_MANY_PIXELS = "too_many_pixels"
-    TIMEOUT = "timeout"
+    TIMEOUT = "timeout"  # took too long to fetch, or to decode
 
     # generate
     PROMPT_TOO_LONG = "prompt_too_long"

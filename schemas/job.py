@@ -26,7 +26,8 @@ class Job(BaseModel):
     task: Literal["caption", "ocr", "extract"] = "caption"
     source: str = Field(
         min_length=1,
-        description="a folder, a glob, or a file: an image, .pdf, .tif, .tar or .parquet",
+        description="a folder, a glob, or a file: an image, .pdf, .tif, .tar, .parquet, or a list"
+        " of addresses in a .txt, .csv or .jsonl",
     )
     output: str = Field(min_length=1, description="the folder of the dataset that is written")
     model: str = Field(min_length=1, description="a checkpoint folder in VL-01's released layout")
@@ -49,7 +50,12 @@ class Job(BaseModel):
     stop_repetition: bool = Field(False, description="end an answer that goes round in circles")
 
     image_column: str | None = Field(None, description="the image column of Parquet sources")
-    keep: tuple[str, ...] = Field((), description="other Parquet columns to carry to the output")
+    uri_column: str | None = Field(
+        None, description="the column of addresses, in a .csv, .jsonl or .parquet"
+    )
+    keep: tuple[str, ...] = Field(
+        (), description="other columns of Parquet files and lists to carry to the output"
+    )
     unit_rows: Positive = Field(
         256, description="rows committed together, where a source can be cut"
     )
@@ -63,6 +69,18 @@ class Job(BaseModel):
     page_seconds: float = Field(30.0, gt=0, description="longest time to render one page")
     document_seconds: float = Field(
         3600.0, gt=0, description="longest time to render one document; pages left then fail"
+    )
+    allow_host: tuple[str, ...] = Field(
+        (), description="host[:port] or network that lists may lead to though it is not public"
+    )
+    fetch_seconds: float = Field(
+        60.0, gt=0, description="longest time to fetch one address, all tries together"
+    )
+    host_requests: Positive = Field(
+        4, description="requests that one machine makes to one host at a time"
+    )
+    host_rate: float = Field(
+        20.0, gt=0, description="requests that one machine makes to one host in a second"
     )
     exif_rotate: bool = Field(False, description="turn photographs upright by their EXIF tag")
 
@@ -142,6 +160,10 @@ WHERE_AND_HOW_FAST = {
     "decode_seconds",
     "page_seconds",
     "document_seconds",
+    "allow_host",
+    "fetch_seconds",
+    "host_requests",
+    "host_rate",
     "prepare_workers",
     "address",
     "endpoint_url",

@@ -15,15 +15,18 @@ class UnitKind(StrEnum):
     TAR = "tar"  # one WebDataset shard
     DOCUMENTS = "documents"  # some PDFs and TIFFs; a row for each page
     PARQUET = "parquet"  # consecutive rows of one Parquet file
+    LIST = "list"  # consecutive addresses of one list
 
 
 @dataclass(frozen=True)
 class Unit:
     """The slice of a source that is read, retried and committed as a whole.
 
-    names: relative to the source's root; many for IMAGES and DOCUMENTS, one otherwise.
-    first_row, rows: of the Parquet file; rows is the count of names for IMAGES. It is None where
-    only reading tells: for a tar, for documents, and for a Parquet file that could not be planned
+    names: relative to the source's root; many for IMAGES and DOCUMENTS, one otherwise. For LIST the
+    members of its rows follow the name of the list.
+    first_row, rows: of the Parquet file; rows is the count of names for IMAGES, of members for
+    LIST, whose first_row is the offset of the first of them in bytes. rows is None where only
+    reading tells: for a tar, for documents, and for a Parquet file that could not be planned
     (damaged, no image column, no rows), which is read again as a whole and, if it still cannot be,
     is one row.
     only, but: row ids, in a retry: the rows to do again, and the rows to leave as they are.

@@ -13,7 +13,7 @@ from pipeline.estimate.throughput import find_throughput, time_estimate
 from pipeline.ledger import Ledger
 from pipeline.model import Model, open_model
 from pipeline.plan import Plan, units_of
-from pipeline.read import ReadSettings
+from pipeline.read import quickly, read_settings
 from pipeline.sources import Source, open_source
 from schemas.errors import Reason
 from schemas.estimate import Assumptions, Estimate, MemoryEstimate, RowsEstimate, Spread
@@ -59,7 +59,7 @@ def estimate(job: Job, assumptions: Assumptions) -> Estimate:
 
 def _planned(source: Source, job: Job) -> Iterator[Unit]:
     """The units of a first run. Raises ConfigError: nothing usable, columns that cannot be kept."""
-    plan = Plan(source, job.unit_rows, job.image_column, job.keep)
+    plan = Plan(source, job.unit_rows, job.image_column, job.keep, job.uri_column)
     yield from plan.units()
     plan.kept()
 
@@ -73,7 +73,7 @@ def _pending(ledger: Ledger) -> Iterator[Unit]:
 def _header_reader(job: Job, source: Source, model: Model) -> HeaderReader:
     vision = model.config.vision
     return HeaderReader(
-        read=ReadSettings(source, job.max_bytes, job.image_column, pages=model.page_settings(job)),
+        read=quickly(read_settings(job, source, model.page_settings(job))),
         limits=DecodeLimits(job.max_pixels, job.max_bytes, job.decode_seconds),
         exif_rotate=job.exif_rotate,
         pinpoints=model.config.pinpoints,

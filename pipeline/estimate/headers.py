@@ -13,8 +13,9 @@ from typing import IO, Any
 from model.inputs.images import DecodeLimits, image_size
 from model.inputs.tiling import Layout, Pinpoints, choose_layout
 from pipeline.formats.documents import check_pages, on_disk
+from pipeline.formats.lists import list_rows
 from pipeline.formats.parquet import parquet_rows
-from pipeline.formats.row import ReadSettings, blame, check_size
+from pipeline.formats.row import ReadSettings, Row, blame, check_size
 from pipeline.formats.tar import StrictHeader, is_image_member
 from pipeline.render.renderer import Renderer
 from pipeline.storage import PatientFile
@@ -58,7 +59,9 @@ class HeaderReader:
         if unit.kind is UnitKind.TAR:
             return [self._tar(unit, most_rows)]
         if unit.kind is UnitKind.PARQUET:
-            return [self._parquet(unit, most_rows)]
+            return [self._whole(parquet_rows(unit, self.read), unit.rows, most_rows)]
+        if unit.kind is UnitKind.LIST:
+            return [self._whole(list_rows(unit, self.read), unit.rows, most_rows)]
         if unit.kind is UnitKind.DOCUMENTS:
             with Renderer(self.read.pages) as renderer:
                 return [self._document(name, most_rows, renderer) for name in unit.names]
@@ -128,16 +131,17 @@ class HeaderReader:
         except RowError as error:
             return error.reason
 
-    def _parquet(self, unit: Unit, most_rows: int) -> Cluster:
+    def _whole(self, rows: Iterator[Row], count: int | None, most_rows: int) -> Cluster:
+        """Of rows that can only be read whole. count: of all of them, if it is known."""
         seen: list[Layout | Reason | None] = []
         size = 0
-        for row in islice(parquet_rows(unit, self.read), most_rows):
+        for row in islice(rows, most_rows):
             size += len(row.data or b"")
             if size > _MOST_PARQUET_BYTES:
                 break
             seen.append(self._row(row.data, row.error))
         usable = [what for what in seen if what is not None]
-        return Cluster(unit.rows or len(seen), True, usable)
+        return Cluster(count or len(seen), True, usable)
 
     def _row(self, data: bytes | None, error: RowError | None) -> Layout | Reason | None:
         try:

@@ -1,7 +1,8 @@
 """A sample of the source: each unit is counted, a few of each kind are looked into.
 
-What is looked into is a cluster: an image file, a document, a tar, or a slice of a Parquet file. A
-kind with few clusters is looked into whole. Holds the sample alone, however large the source is.
+What is looked into is a cluster: an image file, a document, an address, a tar, or a slice of a
+Parquet file. A kind with few clusters is looked into whole. Holds the sample alone, however large
+the source is.
 """
 
 import random
@@ -21,10 +22,17 @@ _CLUSTERS = {
     UnitKind.DOCUMENTS: 256,
     UnitKind.TAR: 64,
     UnitKind.PARQUET: 64,
+    UnitKind.LIST: 256,  # each is fetched whole, maybe from a slow server
 }
 _BATCH = {UnitKind.IMAGES: 1, UnitKind.DOCUMENTS: 16}  # files looked into by one call
 # Parquet images are read whole, sixteen at a time; of the others the headers alone.
-_THREADS = {UnitKind.IMAGES: 32, UnitKind.DOCUMENTS: 4, UnitKind.TAR: 32, UnitKind.PARQUET: 2}
+_THREADS = {
+    UnitKind.IMAGES: 32,
+    UnitKind.DOCUMENTS: 4,
+    UnitKind.TAR: 32,
+    UnitKind.PARQUET: 2,
+    UnitKind.LIST: 16,
+}
 _SEED = 0
 
 
@@ -78,9 +86,18 @@ def _count(units: Iterable[Unit]) -> dict[UnitKind, Kind]:
         kind = kinds[unit.kind]
         kind.units += 1
         kind.rows += unit.rows or 1
-        for cluster in unit.names if unit.kind in _BATCH else (unit,):
+        for cluster in _clusters(unit):
             kind.add(cluster)
     return kinds
+
+
+def _clusters(unit: Unit) -> Iterable[Unit | str]:
+    if unit.kind in _BATCH:
+        return unit.names
+    if unit.kind is UnitKind.LIST:
+        name, *members = unit.names
+        return (Unit(0, UnitKind.LIST, (name, member), 0, 1) for member in members)
+    return (unit,)
 
 
 def _survey(name: UnitKind, kind: Kind, headers: HeaderReader) -> Survey:
@@ -90,7 +107,7 @@ def _survey(name: UnitKind, kind: Kind, headers: HeaderReader) -> Survey:
         clusters = [cluster for clusters in found for cluster in clusters]
     all_kept = kind.clusters == len(kind.kept)
     counted = sum(cluster.rows for cluster in clusters)
-    counted_by_planning = name in (UnitKind.IMAGES, UnitKind.PARQUET)
+    counted_by_planning = name in (UnitKind.IMAGES, UnitKind.PARQUET, UnitKind.LIST)
     rows_known = counted_by_planning or (all_kept and all(c.counted for c in clusters))
     if all_kept:
         rows = counted

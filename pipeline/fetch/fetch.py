@@ -2,9 +2,11 @@
 
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import IO, NamedTuple, TypeVar
+from urllib.parse import urljoin
 
 from pipeline.fetch.http import HttpFetcher
 from pipeline.fetch.settings import FetchSettings
@@ -38,7 +40,9 @@ class Fetcher:
         self._max_bytes = max_bytes
         self._endpoint_url = settings.endpoint_url
 
-    def fetch_all(self, wanted: Iterable[tuple[T, str | None]]) -> Iterator[tuple[T, Fetched]]:
+    def fetch_all(
+        self, wanted: Iterable[tuple[T, str | None]]
+    ) -> Generator[tuple[T, Fetched], None, None]:
         """Each item with the bytes of its address, at most AHEAD of them fetched ahead: in memory
         are IN_MEMORY of each, and one whole.
         """
@@ -60,16 +64,14 @@ class Fetcher:
         """A file at its start. Raises RowError, OSError when the disk is full."""
         if address is None:
             return None
-        file = tempfile.SpooledTemporaryFile(IN_MEMORY)
-        try:
+        with ExitStack() as closing:
+            file = closing.enter_context(tempfile.SpooledTemporaryFile(IN_MEMORY))
             if protocol_of(address) in ("http", "https"):
                 self._http.fetch(address, file)
             else:
                 self._copy(address, file)
-        except BaseException:
-            file.close()
-            raise
-        file.seek(0)
+            file.seek(0)
+            closing.pop_all()
         return file
 
     def _copy(self, address: str, into: IO[bytes]) -> None:
@@ -99,6 +101,15 @@ def protocol_of(address: str) -> str | None:
     """What is before ://, in lower case; None for a path."""
     protocol, found, _ = address.partition("://")
     return protocol.lower() if found else None
+
+
+def absolute(address: str, beside: str) -> str:
+    """An address in a file at the address `beside`: a relative path starts at that one's folder."""
+    if protocol_of(address) or address.startswith("/"):
+        return address
+    if protocol_of(beside) in ("http", "https"):
+        return urljoin(beside, address)
+    return f"{beside.rpartition('/')[0]}/{address}"
 
 
 def _taken(item: T, future: "Future[IO[bytes] | None]") -> tuple[T, Fetched]:

@@ -12,11 +12,12 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import cached_property
 from importlib.metadata import version
 from itertools import count
-from typing import IO
+from random import random
+from typing import IO, NamedTuple
 from urllib.parse import unquote, urljoin
 
 from urllib3 import BaseHTTPResponse, Retry
@@ -65,39 +66,41 @@ class HttpFetcher:
         clock = _Clock(self._seconds)
         for attempt in count(1):
             try:
-                return self._follow(address, into, clock)
+                self._follow(address, into, clock)
+                return
             except _PassingError as error:
-                wait = max(error.wait, FIRST_WAIT_S * 2 ** (attempt - 1))
+                wait = max(error.wait, FIRST_WAIT_S * 2 ** (attempt - 1) * (0.5 + random()))
                 if attempt == ATTEMPTS or wait > clock.left or self._stopped.wait(wait):
                     tries = f" ({attempt} tries)" if attempt > 1 else ""
                     raise row_error(error.reason, error.message + tries) from error
-                into.seek(0)
-                into.truncate()
+            into.seek(0)
+            into.truncate()
 
     def _follow(self, address: str, into: IO[bytes], clock: "_Clock") -> None:
         """One try, as far as redirects lead."""
         for _ in range(REDIRECTS + 1):
-            url = _parse(address)
-            assert url.host and url.scheme
-            with self._turns.take(url.host):
+            target = _parse(address)
+            with self._turns.take(target.host):
                 clock.start()
-                location = self._request(url, into, clock)
+                location = self._request(target, into, clock)
             if location is None:
                 return
-            address = urljoin(url.url, location)
+            address = urljoin(target.url.url, location)
         raise row_error(Reason.HTTP_ERROR, f"more than {REDIRECTS} redirects, at last to {address}")
 
-    def _request(self, url: Url, into: IO[bytes], clock: "_Clock") -> str | None:
+    def _request(self, target: "_Target", into: IO[bytes], clock: "_Clock") -> str | None:
         """The body of an answer into the file, or where it redirects to."""
         try:
-            with closing(self._connect(url, clock)) as connection, clock.cutting(connection.sock):
-                connection.request(
-                    "GET", url.request_uri, headers=_headers(url), preload_content=False
-                )
+            with (
+                closing(self._connect(target, clock)) as connection,
+                clock.cutting(connection.sock),
+            ):
+                path, headers = target.url.request_uri, _headers(target.url)
+                connection.request("GET", path, headers=headers, preload_content=False)
                 response = connection.getresponse()
                 if response.status in _MOVED and "Location" in response.headers:
                     return response.headers["Location"]
-                self._check_status(response, url)
+                self._check_status(response, target)
                 self._copy(response, into)
         except RowError:
             raise
@@ -112,13 +115,12 @@ class HttpFetcher:
         clock.check()  # a connection that was cut looks like the end of an answer without a length
         return None
 
-    def _connect(self, url: Url, clock: "_Clock") -> HTTPConnection:
+    def _connect(self, target: "_Target", clock: "_Clock") -> HTTPConnection:
         """A connection to a checked address of the host, its certificate checked for the name."""
-        assert url.host and url.scheme
-        host, port = url.host.strip("[]"), url.port or _PORTS[url.scheme]
-        connection = HTTPConnection(url.host, port, timeout=min(_QUIET_S, self._seconds))
+        host, port = target.host, target.port
+        connection = HTTPConnection(host, port, timeout=min(_QUIET_S, self._seconds))
         connection.sock = _open_socket(self._hosts, host, port, clock)
-        if url.scheme == "https":
+        if target.url.scheme == "https":
             try:
                 connection.sock = self._tls.wrap_socket(connection.sock, server_hostname=host)
             except BaseException:
@@ -130,17 +132,17 @@ class HttpFetcher:
     def _tls(self) -> ssl.SSLContext:
         return ssl.create_default_context()
 
-    def _check_status(self, response: BaseHTTPResponse, url: Url) -> None:
+    def _check_status(self, response: BaseHTTPResponse, target: "_Target") -> None:
         status = response.status
         if status in (200, 203):
             return
         reason = Reason.NOT_FOUND if status in _GONE else Reason.HTTP_ERROR
-        error = row_error(reason, f"HTTP {status} {response.reason or ''} from {url.netloc}")
+        error = row_error(reason, f"HTTP {status} {response.reason or ''} from {target.host}")
         if status not in _PASSING:
             raise error
         wait = _retry_after(response)
-        if status in _PAUSING and wait and url.host:
-            self._turns.pause(url.host, wait)
+        if status in _PAUSING and wait:
+            self._turns.pause(target.host, wait)
         raise _PassingError(error, wait)
 
     def _copy(self, response: BaseHTTPResponse, into: IO[bytes]) -> None:
@@ -157,6 +159,14 @@ class HttpFetcher:
                     f"still going on after {self._max_bytes:,} bytes (--max-bytes)",
                 )
             into.write(data)
+
+
+class _Target(NamedTuple):
+    """An address taken apart. host: without the brackets of IPv6."""
+
+    url: Url
+    host: str
+    port: int
 
 
 class _PassingError(RowError):
@@ -205,10 +215,8 @@ class _Clock:
 
 
 def _cut(wire: socket.socket) -> None:
-    try:
+    with suppress(OSError):  # the server was faster
         wire.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # the server was faster
 
 
 def _open_socket(hosts: Hosts, host: str, port: int, clock: _Clock) -> socket.socket:
@@ -226,7 +234,7 @@ def _open_socket(hosts: Hosts, host: str, port: int, clock: _Clock) -> socket.so
     raise failure or OSError(f"{host} has no address")
 
 
-def _parse(address: str) -> Url:
+def _parse(address: str) -> _Target:
     """Raises RowError."""
     try:
         url = parse_url(address)
@@ -234,7 +242,7 @@ def _parse(address: str) -> Url:
         raise row_error(Reason.BAD_ADDRESS, f"not an address: {error}") from error
     if url.scheme not in _PORTS or not url.host:
         raise row_error(Reason.BAD_ADDRESS, f"not an address at an http server: {address}")
-    return url
+    return _Target(url, url.host.strip("[]"), url.port or _PORTS[url.scheme])
 
 
 def _headers(url: Url) -> dict[str, str]:

@@ -3,11 +3,10 @@
 import json
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urljoin
 
 import pyarrow as pa
 
-from pipeline.fetch.fetch import Fetched, Fetcher, protocol_of
+from pipeline.fetch.fetch import Fetched, Fetcher, absolute
 from pipeline.formats.row import ReadSettings, Row, row_error
 from pipeline.lists import AddressList, Group, address_of
 from pipeline.plan import row_id
@@ -15,9 +14,7 @@ from pipeline.storage import PatientFile
 from schemas.errors import Reason
 from schemas.ledger import Unit
 
-_NO_ADDRESS = Fetched(
-    error=row_error(Reason.BAD_ADDRESS, "this line of the list holds no address")
-)
+_NO_ADDRESS = Fetched(error=row_error(Reason.BAD_ADDRESS, "this line of the list holds no address"))
 
 
 def list_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
@@ -35,16 +32,7 @@ def list_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
         member = members[place]
         if address_of(member) is None:
             fetched = _NO_ADDRESS
-        yield Row(name, member, *fetched, kept=kept and kept.slice(place, 1))
-
-
-def absolute(address: str, beside: str) -> str:
-    """An address in a file at the address `beside`: a relative path starts at that one's folder."""
-    if protocol_of(address) or address.startswith("/"):
-        return address
-    if protocol_of(beside) in ("http", "https"):
-        return urljoin(beside, address)
-    return f"{beside.rpartition('/')[0]}/{address}"
+        yield Row(name, member, None, *fetched, kept=kept and kept.slice(place, 1))
 
 
 def _kept(unit: Unit, settings: ReadSettings) -> pa.Table | None:

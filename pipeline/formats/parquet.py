@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as t
 
-from pipeline.columns import find_image_column, no_image_column
+from pipeline.columns import find_column, no_column
+from pipeline.fetch.fetch import Fetcher, absolute
 from pipeline.formats.row import (
     STREAM_BYTES,
     TABLE_BYTES,
@@ -21,9 +22,12 @@ from pipeline.formats.row import (
     read_row,
     row_error,
 )
+from pipeline.plan import row_id
 from pipeline.storage import PatientFile
 from schemas.errors import Reason, RowError
 from schemas.ledger import Unit
+
+_MOST_ADDRESSES = 256  # read at a time, so that many of them can be fetched at once
 
 
 def parquet_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
@@ -58,22 +62,24 @@ def _rows_of_file(unit: Unit, first: int, end: int | None, settings: ReadSetting
         with PatientFile(fs, path, cache_type="none") as file:
             parquet = pq.ParquetFile(file, buffer_size=STREAM_BYTES, pre_buffer=False)
             schema = parquet.schema_arrow
-            column = find_image_column(schema, settings.image_column)
+            choice = settings.image_column, settings.uri_column
+            column = find_column(schema, *choice)
             if column is None:
-                raise row_error(
-                    Reason.MISSING_COLUMN, no_image_column(schema, settings.image_column)
-                )
+                raise row_error(Reason.MISSING_COLUMN, no_column(schema, *choice))
             columns = dict.fromkeys(
                 [column, *(n for n in settings.kept.names if n in schema.names)]
             )
-            for row, batch in _batches(parquet, list(columns), first, end):
-                yield from _rows_of_batch(unit, row, batch, column, settings)
+            rows_of, most_rows = _rows_of_batch, TABLE_ROWS
+            if settings.uri_column is not None:
+                rows_of, most_rows = _rows_by_address, _MOST_ADDRESSES
+            for row, batch in _batches(parquet, list(columns), first, end, most_rows):
+                yield from rows_of(unit, row, batch, column, settings)
     except Exception as error:  # pyarrow's errors are of many classes
         raise blame(error, file) from error
 
 
 def _batches(
-    parquet: pq.ParquetFile, columns: list[str], first: int, end: int | None
+    parquet: pq.ParquetFile, columns: list[str], first: int, end: int | None, most_rows: int
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """(its first row, a batch) of rows first to end, few enough to be of bounded size.
 
@@ -86,7 +92,7 @@ def _batches(
             start += group.num_rows
             continue
         row_bytes = max(1, group.total_byte_size // group.num_rows)
-        batch_rows = min(TABLE_ROWS, max(1, TABLE_BYTES // row_bytes))
+        batch_rows = min(most_rows, max(1, TABLE_BYTES // row_bytes))
         for batch in parquet.iter_batches(batch_rows, [number], columns, use_threads=False):
             skip = max(0, first - start)
             stop = batch.num_rows if end is None else min(batch.num_rows, end - start)
@@ -103,6 +109,25 @@ def _rows_of_batch(
     kept = kept_columns(batch, settings.kept)
     for i in range(batch.num_rows):
         row = read_row(unit, name, str(first + i), lambda i=i: _image(images[i], name, settings))
+        yield row._replace(kept=kept.slice(i, 1))
+
+
+def _rows_by_address(
+    unit: Unit, first: int, batch: pa.RecordBatch, column: str, settings: ReadSettings
+) -> Iterator[Row]:
+    (name,) = unit.names
+    addresses = batch.column(column).to_pylist()
+    kept = kept_columns(batch, settings.kept)
+    beside = settings.source.full_address(name)
+    null = row_error(Reason.MISSING_IMAGE, "null in the column of addresses")
+
+    def wanted() -> Iterator[tuple[int, str | None]]:
+        for i, address in enumerate(addresses):
+            asked = address and unit.wants(row_id(name, str(first + i)))
+            yield i, absolute(address.strip(), beside) if asked else None
+
+    for i, (data, error) in Fetcher(settings.fetch, settings.max_bytes).fetch_all(wanted()):
+        row = Row(name, str(first + i), None, data, error if addresses[i] else null)
         yield row._replace(kept=kept.slice(i, 1))
 
 

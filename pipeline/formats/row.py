@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from pipeline.fetch.settings import FetchSettings
 from pipeline.plan import row_id
 from pipeline.render.settings import PageSettings
 from pipeline.sources import Source
@@ -25,7 +26,8 @@ class ReadSettings:
     """What reading needs to know beside the unit. Picklable.
 
     max_bytes: a larger file becomes a failed row. kept: the schema of the columns carried over.
-    pages: how documents are rendered.
+    pages: how documents are rendered. uri_column: of a list, or of a Parquet file, whose images are
+    then at those addresses.
     """
 
     source: Source
@@ -33,6 +35,8 @@ class ReadSettings:
     image_column: str | None = None
     kept: pa.Schema = field(default_factory=lambda: pa.schema([]))
     pages: PageSettings = field(default_factory=PageSettings)
+    uri_column: str | None = None
+    fetch: FetchSettings = field(default_factory=FetchSettings)
 
 
 class Row(NamedTuple):

@@ -17,11 +17,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.ledger import Ledger
 from pipeline.plan import units_of
-from pipeline.read import ReadSettings, read_unit
+from pipeline.read import ReadSettings, quickly, read_settings, read_unit
 from pipeline.render.settings import PageSettings
 from pipeline.report.sample import Pick
 from pipeline.sources import open_source
 from pipeline.storage import PatientFile
+from schemas.job import Job
 from schemas.ledger import Unit
 
 THUMBNAIL = 360  # pixels of the longer side
@@ -92,10 +93,10 @@ def _pictures(
     ledger: Ledger, wanted: dict[int, set[str]], endpoint_url: str | None
 ) -> dict[str, tuple[str | None, str]]:
     """By row id: its picture, or why there is none."""
-    job = ledger.job["job"]
-    source = open_source(job["source"], endpoint_url or job["endpoint_url"])
+    job = Job.model_validate(ledger.job["job"])
+    source = open_source(job.source, endpoint_url or job.endpoint_url)
     pages = PageSettings(pinpoints=((2 * THUMBNAIL, 2 * THUMBNAIL),))
-    settings = ReadSettings(source, job["max_bytes"], job["image_column"], pages=pages)
+    settings = quickly(read_settings(job, source, pages))
     units = [
         replace(unit, only=frozenset(wanted[unit.number]))
         for table in ledger.planned()
@@ -104,7 +105,7 @@ def _pictures(
     ]
     deadline = time.monotonic() + _SECONDS
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda unit: _of_unit(unit, settings, job["exif_rotate"], deadline), units)
+        found = pool.map(lambda unit: _of_unit(unit, settings, job.exif_rotate, deadline), units)
         return {row_id: answer for some in found for row_id, answer in some.items()}
 
 

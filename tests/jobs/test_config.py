@@ -153,6 +153,7 @@ def test_a_mistake_in_flags_is_told_in_flags():
     with pytest.raises(ConfigError) as caught:
         job_from_flags(caption.TASK, {"output": "out", "model": "ckpt", "max_pixels": "0"})
     assert str(caught.value).splitlines() == [
-        "SOURCE is missing: a folder, a glob, or a file: an image, .pdf, .tif, .tar or .parquet",
+        "SOURCE is missing: a folder, a glob, or a file: an image, .pdf, .tif, .tar, .parquet, or "
+        "a list of addresses in a .txt, .csv or .jsonl",
         "--max-pixels is '0'; it should be greater than or equal to 1",
     ]

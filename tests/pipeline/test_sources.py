@@ -118,12 +118,14 @@ def test_a_relative_folder_is_read_from_where_it_was_named(tmp_path, monkeypatch
         ("{tmp}/nowhere/*.jpg", "does not exist"),
         ("{tmp}/*.png", "nothing to read"),
         ("{tmp}/empty", "nothing to read"),
-        ("{tmp}/notes.txt", "expected a file ending in .jpg"),
+        ("{tmp}/notes.md", "expected a file ending in .jpg"),
+        ("{tmp}/captions", "nothing to read in .*lists/[*].txt"),
+        ("{tmp}/captions/*", "nothing to read"),
         ("nope://x/y", "Protocol not known"),
     ],
 )
 def test_a_wrong_address_is_one_clear_line(tmp_path, address, message):
-    touch(tmp_path, "notes.txt", "a.jpg")
+    touch(tmp_path, "notes.md", "a.jpg", "captions/a.txt", "captions/a.csv")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=message) as error:
         open_source(address.format(tmp=tmp_path))
