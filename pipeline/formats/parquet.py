@@ -116,15 +116,15 @@ def _rows_by_address(
     unit: Unit, first: int, batch: pa.RecordBatch, column: str, settings: ReadSettings
 ) -> Iterator[Row]:
     (name,) = unit.names
-    addresses = batch.column(column).to_pylist()
+    addresses = [(text or "").strip() for text in batch.column(column).to_pylist()]
     kept = kept_columns(batch, settings.kept)
     beside = settings.source.full_address(name)
-    null = row_error(Reason.MISSING_IMAGE, "null in the column of addresses")
+    null = row_error(Reason.MISSING_IMAGE, "no address in its column")
 
     def wanted() -> Iterator[tuple[int, str | None]]:
         for i, address in enumerate(addresses):
             asked = address and unit.wants(row_id(name, str(first + i)))
-            yield i, absolute(address.strip(), beside) if asked else None
+            yield i, absolute(address, beside) if asked else None
 
     for i, (data, error) in Fetcher(settings.fetch, settings.max_bytes).fetch_all(wanted()):
         row = Row(name, str(first + i), None, data, error if addresses[i] else null)

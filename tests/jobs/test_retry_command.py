@@ -73,6 +73,12 @@ def test_where_and_how_fast_may_be_changed(vl01):
     assert choice == (frozenset({"truncated", "failed"}), frozenset({"timeout"}))
 
 
+def test_hosts_that_were_refused_may_be_allowed_now(vl01):
+    hosts = ["--allow-host", "files.corp", "--allow-host", "10.0.0.0/8"]
+    _, _, _, ((job, _),) = vl01("/out", *hosts, "--reason", "host_refused")
+    assert job.allow_host == ("files.corp", "10.0.0.0/8")
+
+
 def test_what_decides_the_text_may_not_be_changed(vl01):
     _, out, _, _ = vl01("--help")
     for key in KEYS:

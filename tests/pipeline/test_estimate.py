@@ -43,6 +43,7 @@ from schemas.job import Job
 from schemas.ledger import UnitKind
 from schemas.report import Hardware, RunRecord
 from tests.documents import encrypted_pdf, pdf, tiff
+from tests.http_server import serve
 from tests.images import bad_images, encode, good_images, odd_images, page, photograph
 from tests.pipeline.test_s3 import s3, server  # noqa: F401
 from tests.sources import write_folder, write_parquet, write_source, write_tar
@@ -156,6 +157,26 @@ def test_many_pages_are_told_from_a_sample_of_each_document(tmp_path, job, monke
     assert 36 <= told.rows["documents"].headers <= 40
     assert not told.exact
     assert told.tiles.total == 300 * told.tiles.median
+
+
+def test_addresses_are_all_counted_and_few_of_them_fetched(tmp_path, job, monkeypatch):
+    images = good_images(6)
+    with serve({f"/{i}.jpg": data for i, (_, data) in enumerate(images)}) as site:
+        lines = [site.url(f"/{i % 7}.jpg") for i in range(70)]  # every seventh is not there
+        (tmp_path / "list.txt").write_text("\n".join(lines))
+        source, hosts = str(tmp_path / "list.txt"), ("127.0.0.1",)
+        changes = {"source": source, "allow_host": hosts, "host_rate": 1e4}
+        job = job.model_copy(update=changes)
+        told = plan(job)
+        assert told.exact
+        assert told.rows["list"].rows == 70
+        assert told.reasons == {"not_found": 10}
+        monkeypatch.setattr(sample, "_CLUSTERS", dict.fromkeys(UnitKind, 14))
+        site.asked.clear()
+        told = plan(job)
+    assert not told.exact
+    assert (told.rows["list"].rows, told.rows["list"].rows_known) == (70, True)
+    assert told.rows["list"].headers == len(site.asked) == 14
 
 
 def test_damaged_sources_are_foretold_with_their_reasons(tmp_path, job):
