@@ -90,7 +90,7 @@ def prepare_image(
     tiles[0] = _pixels(image.resize((tile, tile), Image.Resampling.BICUBIC))
     source.check()
     fitted = image.resize(fitted_size(*image.size, *grid), Image.Resampling.BICUBIC)
-    _cut(_pixels(fitted), layout, tiles[1:])
+    cut(_pixels(fitted), layout, tiles[1:])
     return Tiles(tiles, image.width, image.height, layout, note)
 
 
@@ -122,7 +122,7 @@ def _lies_on_its_side(image: Image.Image, name: str) -> bool:
     return image.getexif().get(_ORIENTATION) in _SIDEWAYS
 
 
-def _cut(pixels_HWC: np.ndarray, layout: Layout, tiles_NTTC: np.ndarray) -> None:
+def cut(pixels_HWC: np.ndarray, layout: Layout, tiles_NTTC: np.ndarray) -> None:
     """Centre the pixels on a black grid and write the grid's tiles, row by row."""
     side = layout.tile
     height, width = layout.rows * side, layout.columns * side
