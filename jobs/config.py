@@ -108,11 +108,13 @@ def _explain(details: ErrorDetails, name: Callable[[str], str]) -> str:
     """One line for one of pydantic's complaints."""
     key, *place = details["loc"]
     key = str(key)
-    if details["type"] == "extra_forbidden":
+    if details["type"] == "extra_forbidden" and not place:
         return _unknown_key(key)
+    where = name(key) + "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in place)
+    if details["type"] == "extra_forbidden":
+        return f"{where} is not known"
     if details["type"] == "missing":
-        return f"{name(key)} is missing: {KEYS[key].description}"
-    where = name(key) + "".join(f"[{index}]" for index in place)
+        return f"{where} is missing" + (f": {KEYS[key].description}" if not place else "")
     # "Input should be a valid integer, unable to parse ...": what is wanted is in the middle.
     wanted = re.sub(r"^.* should |, (unable|got) .*$", "", details["msg"]).replace("tuple", "list")
     return f"{where} is {details['input']!r}; it should {wanted}"

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from jobs import ladder
 from jobs.task import Task
 from schemas.errors import ConfigError
 
@@ -74,6 +75,9 @@ TASK = Task(
     name="extract",
     summary="Read fields from every page, into typed columns.",
     defaults={
+        "stop_repetition": True,
+        "ladder": ladder.FIELDS,
+        "skip_blank": True,
         "prompt": (
             "Read these fields from the page:\n"
             f"{FIELDS}\n"

@@ -26,20 +26,23 @@ _PANELS = {
     "Lists of addresses": "allow_host fetch_seconds host_requests host_rate",
     "Model": "model quantization dtype device chunk_tokens max_sequences cache_gib",
     "Prompt and answer": "prompt system schema max_new_tokens temperature top_p seed stop "
-    "stop_repetition",
+    "stop_repetition retries skip_blank dedupe",
     "Cluster": "pp replicas prepare_workers address grace_seconds",
 }
 _PANEL_OF = {key: panel for panel, keys in _PANELS.items() for key in keys.split()}
 
 
 def with_flags(task: Task, command: Callable[..., None]) -> Callable[..., None]:
-    """`command(**values)` with a flag for every key of Job but `task` and those of other tasks,
-    ready for typer; other keyword parameters that it names stay.
+    """`command(**values)` with a flag for every key of Job but `task`, `ladder` (which only a file
+    can hold) and those of other tasks, ready for typer; other keyword parameters that it names
+    stay.
 
     Values arrive as text, lists of text and bools: Job alone judges them, so that a wrong value
     reads the same in a flag as in a file.
     """
-    hidden = {"task", *(key for other in TASKS.values() for key in other.needs)} - {*task.needs}
+    hidden = {"task", "ladder", *(key for other in TASKS.values() for key in other.needs)} - {
+        *task.needs
+    }
     fields = {key: field for key, field in KEYS.items() if key not in hidden}
     return _add(command, [_parameter(key, field, task) for key, field in fields.items()])
 

@@ -1,5 +1,6 @@
 """The ocr task: what is asked of a page when its text is wanted."""
 
+from jobs import ladder
 from jobs.task import Task
 
 TASK = Task(
@@ -16,6 +17,8 @@ TASK = Task(
         ),
         "max_new_tokens": 4096,  # a dense page of print is 1,500 to 3,000 tokens
         "stop_repetition": True,
+        "ladder": ladder.PAGE,
+        "skip_blank": True,
     },
     examples=(
         "scans --output texts --model /models/vl01 --pp 8",

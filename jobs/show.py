@@ -33,6 +33,7 @@ def summary(result: Summary) -> None:
         facts |= {
             "rows": _counts(result.rows),
             "reasons": _counts(result.reasons),
+            "copied": f"{result.copied:,} from identical images" if result.copied else "",
             "tokens": f"{result.prompt_tokens:,} read, {result.output_tokens:,} written",
             "time": _time(result),
             "stages": _stages(result),

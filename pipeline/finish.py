@@ -36,6 +36,8 @@ def _verdict(
         return Status.INVALID, reason
     if finish_reason:
         return Status.OK, None
+    if reason == Reason.BLANK:
+        return Status.OK, reason
     if reason:
         return Status.FAILED, reason
     raise ValueError(f"row {row_id} has neither an answer nor a reason why not")

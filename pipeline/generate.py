@@ -1,43 +1,43 @@
 """The generate stage: PREPARED rows to GENERATED rows. One actor owns one replica of the model.
 
 Several calls run side by side in one actor, each with its own batch of rows; all feed one engine,
-which one thread drives, so that the engine is full across batches.
+so that it is full across batches. A row that is tried again holds up its own batch alone.
 """
 
 import hashlib
-import logging
-import os
-import queue
-import threading
-import time
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from model.engine.config import EngineConfig
-from model.engine.engine import Engine
+from pipeline.attempts import Attempts, Climb
+from pipeline.batch import Batch
+from pipeline.copies import Columns, Copies
 from pipeline.finish import CUT
+from pipeline.replica import Replica
 from pipeline.tables import add_columns
-from schemas.errors import ConfigError, RowError
+from schemas.errors import Reason, RowError
 from schemas.extraction import Extraction
 from schemas.requests import Request, Result, Sampling
 from schemas.rows import GENERATED, with_extraction, with_kept
 
-logger = logging.getLogger(__name__)
-
-START_TRIES = 3
-START_WAIT_SECONDS = 10.0
+# Of the prepared image; written anew for a page that was turned.
+_AS_TILED = ("width", "height", "tiles", "image_tokens")
 
 
 @dataclass(frozen=True)
 class GenerateSettings:
+    """dedupe: identical images are computed once; so they are seeded by the image, not the row."""
+
     engine: EngineConfig
     sampling: Sampling
     tile: int
     kept: pa.Schema
     extraction: Extraction | None = None
+    climb: Climb = field(default_factory=Climb)
+    dedupe: bool = False
 
 
 class Generate:
@@ -54,51 +54,77 @@ class Generate:
             schema = with_extraction(schema, asked.arrow_type, asked.confidence_type)
         self.schema = with_kept(schema, settings.kept)
         self.replica = Replica(settings.engine)
+        self.copies = Copies()
 
     def __call__(self, prepared: pa.Table) -> pa.Table:
-        rows = prepared.select(["row_id", "width", "height", "reason", "message"]).to_pylist()
-        answers = [
-            self._ask(row, token_ids, pixels) if row["reason"] is None else None
-            for row, token_ids, pixels in zip(
-                rows, prepared["token_ids"], prepared["pixels"], strict=True
-            )
-        ]
-        asked = self.settings.extraction
-        for row, answer in zip(rows, answers, strict=True):
-            row |= {"attempts": 0} if answer is None else _answer_columns(answer, asked)
+        names = ["row_id", "image_sha256", "reason", "message", *_AS_TILED]
+        rows = prepared.select(names).to_pylist()
+        with Batch(self.replica, self.copies) as batch:
+            answers = [
+                batch.ask(self._key(row), self._attempts(row, token_ids, pixels))
+                if row["reason"] is None
+                else None
+                for row, token_ids, pixels in zip(
+                    rows, prepared["token_ids"], prepared["pixels"], strict=True
+                )
+            ]
+            batch.work()
         seconds = self.replica.take_busy_seconds() / max(1, len(rows))
-        for row in rows:
+        for row, answer in zip(rows, answers, strict=True):
+            row |= _not_asked(row) if answer is None else _answered(row, answer.result())
             row["generate_seconds"] = seconds
-        return add_columns(prepared, rows, self.schema)
+        return add_columns(prepared.drop_columns(list(_AS_TILED)), rows, self.schema)
 
-    def _ask(
+    def _key(self, row: dict[str, Any]) -> str:
+        return row["image_sha256"] if self.settings.dedupe else row["row_id"]
+
+    def _attempts(
         self, row: dict[str, Any], token_ids: pa.ListScalar, pixels: pa.LargeListScalar
-    ) -> "Future[Result]":
-        side = self.settings.tile
-        sampling = self.settings.sampling
-        request = Request(
+    ) -> Attempts:
+        side, sampling, key = self.settings.tile, self.settings.sampling, self._key(row)
+        first = Request(
             id=row["row_id"],
             token_ids=token_ids.values.to_numpy(),
             tiles=pixels.values.to_numpy().reshape(-1, side, side, 3),  # a view, no copy
             image_size=(row["width"], row["height"]),
-            sampling=replace(sampling, seed=row_seed(sampling.seed, row["row_id"])),
+            sampling=replace(sampling, seed=row_seed(sampling.seed, key)),
         )
-        return self.replica.submit(request)
+        seed = partial(attempt_seed, sampling.seed, key)
+        return Attempts(first, self._judge, seed, self.settings.climb)
+
+    def _judge(self, result: Result) -> Columns:
+        return answer_columns(result, self.settings.extraction)
 
 
-def row_seed(seed: int, row_id: str) -> int:
+def row_seed(seed: int, key: str) -> int:
     """The seed of one row: the same whatever batch, replica or run the row falls into."""
-    digest = hashlib.sha256(f"{seed}/{row_id}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     return int.from_bytes(digest[:8], "little")
 
 
-def _answer_columns(answer: "Future[Result]", asked: Extraction | None) -> dict[str, Any]:
-    try:
-        result = answer.result()
-    except RowError as error:
-        return {"attempts": 0, "reason": error.reason, "message": error.message}
-    columns = {
-        "attempts": 1,
+def attempt_seed(seed: int, key: str, attempt: int) -> int:
+    """Of an attempt after the first: another draw, as repeatable as the first."""
+    return row_seed(seed, f"{key}#{attempt}")
+
+
+def _not_asked(row: dict[str, Any]) -> Columns:
+    return {"attempts": 0, "text": "" if row["reason"] == Reason.BLANK else None}
+
+
+def _answered(row: dict[str, Any], columns: Columns) -> Columns:
+    """The columns of an answer, for a row it was computed for or for one like it."""
+    notes = filter(None, (row["message"], columns.get("message")))
+    return {
+        **columns,
+        "message": "; ".join(notes) or None,
+        "row_id": row["row_id"],
+        "copied": columns["row_id"] != row["row_id"],
+    }
+
+
+def answer_columns(result: Result, asked: Extraction | None) -> Columns:
+    """What the model answered, and in `reason` what is wrong with how it ended."""
+    columns: dict[str, Any] = {
         "text": result.text,
         "finish_reason": result.finish_reason,
         "prompt_tokens": result.prompt_tokens,
@@ -112,7 +138,7 @@ def _answer_columns(answer: "Future[Result]", asked: Extraction | None) -> dict[
     return columns
 
 
-def extracted_columns(asked: Extraction, result: Result) -> dict[str, Any]:
+def extracted_columns(asked: Extraction, result: Result) -> Columns:
     """What the answer says, and how sure each field is; or how it breaks the schema."""
     try:
         data = asked.parse(result.text)
@@ -120,94 +146,3 @@ def extracted_columns(asked: Extraction, result: Result) -> dict[str, Any]:
         return {"reason": error.reason, "message": error.message}
     confidence = asked.confidence(result.text, result.token_logprobs, result.token_ends)
     return {"data": data, "confidence": confidence}
-
-
-class Replica:
-    """An engine and the one thread that builds and drives it.
-
-    A broken engine cannot answer the rows it holds, so the whole process exits: Ray starts the
-    actor again and gives the new one the same batches. (`sys.exit` or raising would fail the job.)
-    """
-
-    def __init__(self, config: EngineConfig) -> None:
-        self._inbox: queue.SimpleQueue[tuple[Request, Future[Result]]] = queue.SimpleQueue()
-        self._waiting: dict[str, Future[Result]] = {}
-        self._busy_seconds = 0.0
-        self._lock = threading.Lock()
-        self._ready: Future[None] = Future()
-        threading.Thread(target=self._run, args=(config,), name="engine", daemon=True).start()
-
-    def submit(self, request: Request) -> "Future[Result]":
-        """The future answer; RowError in it if the engine can never compute the request.
-
-        Waits until the model is loaded, and raises what kept it from being so. Raised here and
-        not when the actor is made, it ends the run once; Ray would make the actor again and again.
-        """
-        self._ready.result()
-        answer: Future[Result] = Future()
-        self._inbox.put((request, answer))
-        return answer
-
-    def take_busy_seconds(self) -> float:
-        """Seconds the engine computed since the last call of this."""
-        with self._lock:
-            seconds, self._busy_seconds = self._busy_seconds, 0.0
-        return seconds
-
-    def _run(self, config: EngineConfig) -> None:
-        try:
-            engine = start_engine(config)
-        except Exception as error:
-            self._ready.set_exception(error)
-            return
-        self._ready.set_result(None)
-        try:
-            while True:
-                self._add_waiting(engine)
-                self._step(engine)
-        except BaseException:
-            logger.exception("the engine broke; this replica is started again")
-            os._exit(1)
-
-    def _add_waiting(self, engine: Engine) -> None:
-        """Moves requests to the engine; waits for one when the engine has nothing to do."""
-        idle = engine.unfinished == 0
-        while idle or not self._inbox.empty():
-            request, answer = self._inbox.get()
-            idle = False
-            if request.id in self._waiting:  # the same row twice: a batch that Ray sent again
-                _copy_answer(self._waiting[request.id], answer)
-                continue
-            try:
-                engine.add(request)
-            except RowError as error:
-                answer.set_exception(error)
-                idle = engine.unfinished == 0
-            else:
-                self._waiting[request.id] = answer
-
-    def _step(self, engine: Engine) -> None:
-        started = time.perf_counter()
-        results = engine.step()
-        with self._lock:
-            self._busy_seconds += time.perf_counter() - started
-        for result in results:
-            self._waiting.pop(result.id).set_result(result)
-
-
-def start_engine(config: EngineConfig) -> Engine:
-    """Raises what Engine does, after a few tries: GPUs that a killed replica held are free only
-    some seconds later."""
-    for _ in range(START_TRIES - 1):
-        try:
-            return Engine(config)
-        except ConfigError:
-            raise
-        except Exception:
-            logger.exception("the engine did not start; trying again")
-            time.sleep(START_WAIT_SECONDS)
-    return Engine(config)
-
-
-def _copy_answer(source: "Future[Result]", target: "Future[Result]") -> None:
-    source.add_done_callback(lambda done: target.set_result(done.result()))

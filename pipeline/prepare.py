@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from model.inputs.images import DecodeLimits, prepare_image
+from model.inputs.images import DecodeLimits, Tiles, prepare_image
 from model.inputs.prompt import PromptTemplate
 from model.inputs.tiling import Pinpoints
 from pipeline.tables import add_columns
-from schemas.errors import RowError
+from schemas.errors import Reason, RowError
 from schemas.rows import PREPARED, with_kept
 
 # Tiles that leave a worker together: five photographs or a page. A replica answers a block as a
@@ -35,6 +35,7 @@ class PrepareSettings:
     patch: int
     limits: DecodeLimits
     exif_rotate: bool
+    skip_blank: bool
     kept: pa.Schema
 
 
@@ -73,6 +74,7 @@ class Prepare:
                 self.settings.limits,
                 self.settings.exif_rotate,
                 self.settings.patch,
+                self.settings.skip_blank,
             )
         except RowError as error:
             columns |= {"reason": error.reason, "message": error.message}
@@ -81,12 +83,18 @@ class Prepare:
                 "message": prepared.note or None,
                 "width": prepared.width,
                 "height": prepared.height,
-                "tiles": prepared.layout.tiles,
-                "image_tokens": prepared.layout.tokens,
-                "token_ids": self.settings.template.fill(prepared.layout.tokens),
-                "pixels": prepared.tiles.reshape(-1),
             }
+            columns |= {"reason": Reason.BLANK} if prepared.blank else self._asked(prepared)
         return columns | {"prepare_seconds": time.perf_counter() - started}
+
+    def _asked(self, prepared: Tiles) -> dict[str, Any]:
+        """What the model is asked about an image."""
+        return {
+            "tiles": prepared.layout.tiles,
+            "image_tokens": prepared.layout.tokens,
+            "token_ids": self.settings.template.fill(prepared.layout.tokens),
+            "pixels": prepared.tiles.reshape(-1),
+        }
 
     def _table(self, inputs: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:
         small = pa.schema([column for column in self.schema if column.name != "pixels"])

@@ -16,7 +16,9 @@ from ray.data import ActorPoolStrategy
 
 from model.engine.config import EngineConfig
 from model.inputs.images import DecodeLimits
+from model.inputs.turning import Turner
 from model.weights.checkpoint import checkpoint_revision
+from pipeline.attempts import Climb
 from pipeline.commit import Committer
 from pipeline.generate import Generate, GenerateSettings
 from pipeline.lease import Lease
@@ -158,6 +160,7 @@ class Flow:
             patch=config.vision.patch_size,
             limits=DecodeLimits(job.max_pixels, max_bytes, job.decode_seconds),
             exif_rotate=job.exif_rotate,
+            skip_blank=job.skip_blank,
             kept=self.read.kept,
         )
 
@@ -174,10 +177,19 @@ class Flow:
             max_sequences=self.place.max_sequences,
             cache_bytes=None if job.cache_gib is None else int(job.cache_gib * 1024**3),
         )
+        config = self.model.config
+        turner = Turner(
+            self.model.template,
+            config.pinpoints,
+            config.vision.image_size,
+            config.vision.patch_size,
+        )
         return GenerateSettings(
-            engine,
-            job.sampling(),
-            self.model.config.vision.image_size,
-            self.read.kept,
-            job.extraction(),
+            engine=engine,
+            sampling=job.sampling(),
+            tile=config.vision.image_size,
+            kept=self.read.kept,
+            extraction=job.extraction(),
+            climb=Climb(job.ladder, job.retries, turner),
+            dedupe=job.dedupe == "exact",
         )

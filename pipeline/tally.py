@@ -32,6 +32,7 @@ class Tally:
         self._reasons: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()  # by reason, of the rows that were generated
         self._stage_seconds: dict[str, float] = dict.fromkeys((*_TIMED_BY_ROW, "commit"), 0.0)
+        self._copied = 0  # rows, from identical images
         self._prompt_tokens = 0
         self._output_tokens = 0
 
@@ -39,7 +40,8 @@ class Tally:
         """Rows in the GENERATED schema, as they leave the replicas."""
         for stage in _TIMED_BY_ROW:
             self._stage_seconds[stage] += sum(_known(rows[f"{stage}_seconds"]))
-        failed = rows.filter(rows["finish_reason"].is_null())
+        self._copied += sum(_known(rows["copied"]))
+        failed = rows.filter(rows["text"].is_null())
         self._failures.update(failed["reason"].to_pylist())
         self._progress.generated(
             rows=rows.num_rows,
@@ -126,6 +128,7 @@ class Tally:
             units=planned,
             rows=dict(self._rows),
             reasons=dict(self._reasons),
+            copied=self._copied,
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
             seconds=time.monotonic() - self._started,

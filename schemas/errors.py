@@ -41,6 +41,9 @@ class Reason(StrEnum):
     TOO_MANY_PIXELS = "too_many_pixels"
     TIMEOUT = "timeout"  # took too long to fetch, or to decode
 
+    # prepare: there is nothing to read
+    BLANK = "blank"  # an empty page, answered without the model (status ok, an empty text)
+
     # generate
     PROMPT_TOO_LONG = "prompt_too_long"
     MAX_NEW_TOKENS = "max_new_tokens"  # the answer was cut at its length limit (status truncated)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+from schemas.ladder import Step
 from schemas.requests import Sampling
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Job(BaseModel):
-    """Every key of a job file; each is a flag of the command too (max_pixels: `--max-pixels`)."""
+    """Every key of a job file; each but `task` and `ladder` is a flag of the command too
+    (max_pixels: `--max-pixels`)."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
@@ -48,6 +50,15 @@ class Job(BaseModel):
         (), description="strings that end an answer"
     )
     stop_repetition: bool = Field(False, description="end an answer that goes round in circles")
+    retries: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="most times a poor answer is tried again; default: each step of the ladder",
+    )
+    ladder: tuple[Step, ...] = Field((), description="what is tried again when an answer is poor")
+    skip_blank: bool = Field(False, description="answer blank pages without asking the model")
+    dedupe: Literal["exact", "none"] = Field(
+        "exact", description="exact: compute identical images once, and copy the answer"
+    )
 
     image_column: str | None = Field(None, description="the image column of Parquet sources")
     uri_column: str | None = Field(

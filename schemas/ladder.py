@@ -20,7 +20,7 @@ class Cause(StrEnum):
 
 
 class Step(BaseModel):
-    """One more generation, when the best answer so far has one of the causes in `on`.
+    """One more generation, when the best answer so far has one of the causes in `when`.
 
     It repeats the generation of that best answer, but for what is given here. more_tokens is a
     factor on its longest answer; turn is clockwise, in degrees, from the page as it came.
@@ -28,8 +28,8 @@ class Step(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    on: tuple[Cause, ...] = Field(min_length=1)
+    when: Annotated[tuple[Cause, ...], Field(min_length=1)]
     temperature: Annotated[float, Field(ge=0)] | None = None
-    more_tokens: float = Field(1.0, gt=0, le=16)
+    more_tokens: Annotated[float, Field(gt=0, le=16)] = 1.0
     turn: Literal[90, 180, 270] | None = None
-    unsure_below: float = Field(-1.0, le=0)
+    unsure_below: Annotated[float, Field(le=0)] = -1.0

@@ -18,6 +18,7 @@ class Summary:
     units: int  # all that were planned, committed by this run and the ones before it
     rows: dict[str, int] = field(default_factory=dict)  # by status
     reasons: dict[str, int] = field(default_factory=dict)
+    copied: int = 0  # rows that were answered as an identical image had been
     prompt_tokens: int = 0
     output_tokens: int = 0
     seconds: float = 0.0

@@ -69,6 +69,7 @@ GENERATED = pa.schema(
         *_IMAGE,
         ("prepare_seconds", pa.float32()),
         *_ANSWER,
+        ("copied", pa.bool_()),  # from a row with the same image; null if the model was not asked
         ("generate_seconds", pa.float32()),
     ]
 )

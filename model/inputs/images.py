@@ -15,6 +15,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from model.inputs.blank import is_blank
 from model.inputs.tiling import Layout, Pinpoints, choose_layout, fitted_size
 from schemas.errors import Reason, RowError
 
@@ -58,6 +59,7 @@ class Tiles:
     tiles: uint8 [layout.tiles, tile, tile, 3] RGB, the thumbnail first, then row by row.
     width, height: pixels of the image that was tiled, after any rotation.
     note: what was done to the image beyond decoding it, in words; empty when nothing was.
+    blank: whether there is nothing on it, if that was looked for.
     """
 
     tiles: np.ndarray
@@ -65,6 +67,7 @@ class Tiles:
     height: int
     layout: Layout
     note: str = ""
+    blank: bool = False
 
 
 def prepare_image(
@@ -74,6 +77,7 @@ def prepare_image(
     limits: DecodeLimits = DecodeLimits(),
     exif_rotate: bool = False,
     patch: int = 14,
+    find_blank: bool = False,
 ) -> Tiles:
     """Decode an image and cut it into tiles, to the pixel as the released processor does.
 
@@ -91,7 +95,8 @@ def prepare_image(
     source.check()
     fitted = image.resize(fitted_size(*image.size, *grid), Image.Resampling.BICUBIC)
     cut(_pixels(fitted), layout, tiles[1:])
-    return Tiles(tiles, image.width, image.height, layout, note)
+    blank = find_blank and is_blank(image)
+    return Tiles(tiles, image.width, image.height, layout, note, blank)
 
 
 def image_size(

@@ -1,0 +1,105 @@
+"""A replica of the model: one engine, which one thread builds and drives for many callers.
+
+Knows requests and results, neither rows nor Ray.
+"""
+
+import logging
+import os
+import queue
+import threading
+import time
+from concurrent.futures import Future
+
+from model.engine.config import EngineConfig
+from model.engine.engine import Engine
+from schemas.errors import ConfigError, RowError
+from schemas.requests import Request, Result
+
+logger = logging.getLogger(__name__)
+
+START_TRIES = 3
+START_WAIT_SECONDS = 10.0
+
+
+class Replica:
+    """An engine and the one thread that builds and drives it.
+
+    A broken engine cannot answer the rows it holds, so the whole process exits: Ray starts the
+    actor again and gives the new one the same batches. (`sys.exit` or raising would fail the job.)
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._inbox: queue.SimpleQueue[tuple[Request, Future[Result]]] = queue.SimpleQueue()
+        self._waiting: dict[str, Future[Result]] = {}
+        self._busy_seconds = 0.0
+        self._lock = threading.Lock()
+        self._ready: Future[None] = Future()
+        threading.Thread(target=self._run, args=(config,), name="engine", daemon=True).start()
+
+    def submit(self, request: Request) -> "Future[Result]":
+        """The future answer; RowError in it if the engine can never compute the request.
+
+        Waits until the model is loaded, and raises what kept it from being so. Raised here and
+        not when the actor is made, it ends the run once; Ray would make the actor again and again.
+        """
+        self._ready.result()
+        answer: Future[Result] = Future()
+        self._inbox.put((request, answer))
+        return answer
+
+    def take_busy_seconds(self) -> float:
+        """Seconds the engine computed since the last call of this."""
+        with self._lock:
+            seconds, self._busy_seconds = self._busy_seconds, 0.0
+        return seconds
+
+    def _run(self, config: EngineConfig) -> None:
+        try:
+            engine = start_engine(config)
+        except Exception as error:
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        try:
+            while True:
+                self._add_waiting(engine)
+                self._step(engine)
+        except BaseException:
+            logger.exception("the engine broke; this replica is started again")
+            os._exit(1)
+
+    def _add_waiting(self, engine: Engine) -> None:
+        """Moves requests to the engine; waits for one when the engine has nothing to do."""
+        idle = engine.unfinished == 0
+        while idle or not self._inbox.empty():
+            request, answer = self._inbox.get()
+            idle = False
+            try:
+                engine.add(request)
+            except RowError as error:
+                answer.set_exception(error)
+                idle = engine.unfinished == 0
+            else:
+                self._waiting[request.id] = answer
+
+    def _step(self, engine: Engine) -> None:
+        started = time.perf_counter()
+        results = engine.step()
+        with self._lock:
+            self._busy_seconds += time.perf_counter() - started
+        for result in results:
+            self._waiting.pop(result.id).set_result(result)
+
+
+def start_engine(config: EngineConfig) -> Engine:
+    """Raises what Engine does, after a few tries: GPUs that a killed replica held are free only
+    some seconds later."""
+    for _ in range(START_TRIES - 1):
+        try:
+            return Engine(config)
+        except ConfigError:
+            raise
+        except Exception:
+            logger.exception("the engine did not start; trying again")
+            time.sleep(START_WAIT_SECONDS)
+    return Engine(config)
