@@ -62,16 +62,19 @@ class Attempt:
         return found
 
     def beats(self, other: "Attempt") -> bool:
-        """Ended better, or as well and the model was surer. Of an empty answer only the latter
-        counts: a page without text that is read all the same is no better. Of two that were cut
-        at their limit the one with the higher limit wins.
+        """Of one turn of the page, the answer that ended better, or as well and surer. Of two turns
+        the surer one, however it ended: nonsense ends by itself too. A text beats an empty answer
+        only if it is surer, for a page may be without text; nothing is empty enough to beat a text.
         """
-        if not (self.empty or other.empty) and self._merit != other._merit:
+        if self.empty and not other.empty:
+            return False
+        if self.turn == other.turn and not other.empty and self._merit != other._merit:
             return self._merit > other._merit
         return self.result.mean_logprob > other.result.mean_logprob
 
     @property
     def _merit(self) -> tuple[int, int]:
+        """Of two that were cut at their limit, the one with the higher limit is worth more."""
         cut = self.cause == Cause.MAX_NEW_TOKENS
         return _MERIT.index(self.cause), self.request.sampling.max_new_tokens if cut else 0
 

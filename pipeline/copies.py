@@ -36,12 +36,12 @@ class Copies:
         """Give the answer to all that wait for it; one without a text is kept for nobody else."""
         with self._lock:
             answer = self._answers[key]
+            answer.set_result(columns)
             if columns.get("text") is None:
                 del self._answers[key]
             else:
                 self._left -= _size(columns)
                 self._make_room()
-        answer.set_result(columns)
 
     def give_up(self, key: str, error: BaseException) -> None:
         """Whoever waits for the answer fails as its owner did."""
@@ -50,7 +50,10 @@ class Copies:
         answer.set_exception(error)
 
     def _make_room(self) -> None:
-        for key, answer in list(self._answers.items()) if self._left < 0 else ():
+        """Forget what was asked for longest ago, but nothing that is still being computed."""
+        if self._left >= 0:
+            return
+        for key, answer in list(self._answers.items()):
             if answer.done():
                 self._left += _size(answer.result())
                 del self._answers[key]

@@ -35,8 +35,8 @@ class PrepareSettings:
     patch: int
     limits: DecodeLimits
     exif_rotate: bool
-    skip_blank: bool
     kept: pa.Schema
+    skip_blank: bool = False
 
 
 class Prepare:

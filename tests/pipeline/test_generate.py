@@ -2,6 +2,7 @@
 
 import threading
 from collections import deque
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -9,10 +10,13 @@ import pyarrow as pa
 import pytest
 
 from model.engine.config import EngineConfig
-from pipeline import generate
+from pipeline import replica
+from pipeline.attempts import Climb
+from pipeline.finish import finish
 from pipeline.generate import Generate, GenerateSettings, row_seed
 from schemas.errors import ConfigError, Reason, RowError
 from schemas.extraction import load_schema
+from schemas.ladder import Cause, Step
 from schemas.requests import FinishReason, Request, Result, Sampling
 from schemas.rows import GENERATED, PREPARED
 
@@ -58,7 +62,7 @@ class FakeEngine:
 
 @pytest.fixture
 def stage(monkeypatch) -> Generate:
-    monkeypatch.setattr(generate, "Engine", FakeEngine)
+    monkeypatch.setattr(replica, "Engine", FakeEngine)
     settings = GenerateSettings(EngineConfig("nowhere"), Sampling(seed=7), TILE, NOTHING_KEPT)
     return Generate(settings)
 
@@ -123,8 +127,8 @@ def test_calls_side_by_side_share_one_engine_and_the_same_row_sent_twice_is_answ
 
 
 def start_with(monkeypatch, engine) -> Generate:
-    monkeypatch.setattr(generate, "Engine", engine)
-    monkeypatch.setattr(generate, "START_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(replica, "Engine", engine)
+    monkeypatch.setattr(replica, "START_WAIT_SECONDS", 0.0)
     return Generate(GenerateSettings(EngineConfig("nowhere"), Sampling(), TILE, NOTHING_KEPT))
 
 
@@ -179,7 +183,7 @@ class JsonEngine(FakeEngine):
 
 
 def test_an_answer_becomes_typed_fields_or_a_reason_and_a_cut_one_stays_cut(monkeypatch):
-    monkeypatch.setattr(generate, "Engine", JsonEngine)
+    monkeypatch.setattr(replica, "Engine", JsonEngine)
     config, asked = EngineConfig("nowhere"), load_schema(SCHEMA)
     stage = Generate(GenerateSettings(config, Sampling(), TILE, NOTHING_KEPT, asked))
     table = stage(prepared([good_row("odd"), good_row("good"), good_row("cut")]))
@@ -188,3 +192,136 @@ def test_an_answer_becomes_typed_fields_or_a_reason_and_a_cut_one_stays_cut(monk
     assert table["confidence"].to_pylist() == [None, {"n": pytest.approx(0.3679, abs=1e-4)}, None]
     assert table["reason"].to_pylist() == ["schema_mismatch", None, "max_new_tokens"]
     assert table["text"].to_pylist() == ['{"n":"7"}', '{"n":7}', '{"n":']
+
+
+class Tired(FakeEngine):
+    """Goes in circles at temperature 0; every fourth row keeps on doing so."""
+
+    asked: list[Request]
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.asked = Tired.asked = []
+
+    def add(self, request: Request) -> None:
+        super().add(request)
+        self.asked.append(request)
+
+    def step(self) -> list[Result]:
+        (result,) = super().step()
+        request = next(r for r in self.asked if r.id == result.id)
+        hopeless = request.image_size is not None and request.image_size[0] % 4 == 0
+        if request.sampling.temperature == 0 or hopeless:
+            result = replace(result, finish_reason=FinishReason.REPETITION, text="circles")
+        return [result]
+
+
+LADDER = (
+    Step(when=(Cause.REPETITION,), temperature=0.4),
+    Step(when=(Cause.REPETITION,), temperature=0.8),
+)
+
+
+def stage_with(monkeypatch, engine=Tired, **settings) -> Generate:
+    monkeypatch.setattr(replica, "Engine", engine)
+    climb = Climb(LADDER, settings.pop("retries", None))
+    return Generate(
+        GenerateSettings(
+            EngineConfig("nowhere"), Sampling(seed=7), TILE, NOTHING_KEPT, climb=climb, **settings
+        )
+    )
+
+
+def rows_of(table: pa.Table) -> dict[str, dict]:
+    """By row_id, without what depends on who was first and how long it took."""
+    left_out = ("generate_seconds", "copied")
+    return {row["row_id"]: row for row in table.drop_columns(list(left_out)).to_pylist()}
+
+
+def test_poor_answers_are_tried_again_and_the_others_are_not(monkeypatch):
+    rows = [good_row("a" * n) | {"width": n} for n in range(1, 9)]
+    table = stage_with(monkeypatch)(prepared(rows))
+    assert table["attempts"].to_pylist() == [2, 2, 2, 3, 2, 2, 2, 3]
+    assert table["reason"].to_pylist() == [None, None, None, "repetition"] * 2
+    assert table["row_id"].to_pylist() == [row["row_id"] for row in rows]
+    assert len(Tired.asked) == 8 + 8 + 2
+    table = stage_with(monkeypatch, retries=0)(prepared(rows))
+    assert table["attempts"].to_pylist() == [1] * 8
+
+
+def test_the_same_seed_gives_the_same_rows_whatever_batch_they_fall_into(monkeypatch):
+    rows = [
+        good_row("a" * n) | {"width": n, "image_sha256": f"image {n % 5}"} for n in range(1, 13)
+    ]
+    for row in rows:
+        like = rows[(len(row["row_id"]) - 1) % 5]  # identical images are identical in all
+        row |= {name: like[name] for name in ("width", "pixels")}
+    whole = rows_of(stage_with(monkeypatch, dedupe=True)(prepared(rows)))
+    stage = stage_with(monkeypatch, dedupe=True)
+    alone = {}
+    for row in reversed(rows):
+        alone |= rows_of(stage(prepared([row])))
+    assert alone == whole
+    assert len({row["text"] for row in whole.values()}) > 3
+    apart = {}
+    for row in rows:  # each in a replica of its own: nothing to copy from
+        apart |= rows_of(stage_with(monkeypatch, dedupe=True)(prepared([row])))
+    assert apart == whole
+
+
+@pytest.mark.parametrize("dedupe", [True, False])
+def test_identical_images_are_computed_once_also_by_calls_side_by_side(monkeypatch, dedupe):
+    rows = [good_row(f"{n:03}") | {"image_sha256": f"image {n % 3}"} for n in range(60)]
+    stage = stage_with(monkeypatch, dedupe=dedupe)
+    tables: list[pa.Table] = []
+    threads = [
+        threading.Thread(target=lambda i=i: tables.append(stage(prepared(rows[i::4]))))
+        for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    table = pa.concat_tables(tables)
+    assert table.num_rows == 60
+    assert len(Tired.asked) == (3 if dedupe else 60) * 2
+    assert sum(table["copied"].to_pylist()) == (57 if dedupe else 0)
+    assert set(table["attempts"].to_pylist()) == {2}
+    texts = {(row["image_sha256"], row["text"]) for row in table.to_pylist()}
+    assert len(texts) == (3 if dedupe else 60)
+
+
+def test_a_failed_answer_is_not_copied_to_a_later_row(monkeypatch):
+    stage = stage_with(monkeypatch, dedupe=True)
+    first = stage(prepared([good_row("a", tokens=6) | {"image_sha256": "x"}]))
+    assert first["reason"].to_pylist() == ["prompt_too_long"]
+    later = stage(prepared([good_row("b") | {"image_sha256": "x"}]))
+    assert later["reason"].to_pylist() == [None]
+    assert later["copied"].to_pylist() == [False]
+
+
+def test_a_bug_in_one_batch_does_not_leave_another_waiting(monkeypatch):
+    stage = stage_with(monkeypatch, dedupe=True)
+    monkeypatch.setattr(stage, "_judge", lambda result: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stage(prepared([good_row("a") | {"image_sha256": "x"}, good_row("b")]))
+    monkeypatch.undo()
+    again = stage(prepared([good_row("a") | {"image_sha256": "x"}]))
+    assert again["attempts"].to_pylist() == [2]
+
+
+def test_a_blank_page_is_answered_without_the_model(monkeypatch):
+    blank = {"row_id": "x", "reason": Reason.BLANK, "width": 5, "height": 5}
+    table = stage_with(monkeypatch)(prepared([blank, good_row("a")]))
+    assert table["text"].to_pylist()[0] == ""
+    assert table["attempts"].to_pylist() == [0, 2]
+    assert len(Tired.asked) == 2
+    done = finish(table)
+    assert done["status"].to_pylist() == ["ok", "ok"]
+    assert done["reason"].to_pylist() == ["blank", None]
+
+
+def test_a_note_on_the_image_stays_with_its_answer(monkeypatch):
+    row = good_row("a") | {"message": "transparency laid on white"}
+    table = stage_with(monkeypatch)(prepared([row]))
+    assert table["message"].to_pylist() == ["transparency laid on white"]

@@ -1,8 +1,10 @@
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from model.inputs.images import DecodeLimits, prepare_image
 from model.inputs.prompt import PromptTemplate
@@ -10,7 +12,7 @@ from pipeline import prepare
 from pipeline.prepare import Prepare, PrepareSettings
 from schemas.errors import Reason
 from schemas.rows import INPUT, PREPARED, with_kept
-from tests.images import bad_images, good_images
+from tests.images import bad_images, encode, good_images
 
 KEPT = pa.schema([("price", pa.decimal128(9, 2)), ("seen", pa.timestamp("ns"))])
 SETTINGS = PrepareSettings(
@@ -89,3 +91,14 @@ def test_rows_keep_their_order_however_they_are_cut_into_blocks(monkeypatch, blo
     rows = pa.concat_tables(tables)["row_id"].to_pylist()
     assert rows == [f"row {i}" for i in range(5)]
     assert (len(tables) == 5) == (block_bytes == 1)
+
+
+def test_a_blank_page_keeps_its_size_and_asks_the_model_nothing():
+    images = [encode(Image.new("RGB", (300, 400), "white"), "PNG"), good_images(1)[0][1]]
+    settings = replace(SETTINGS, skip_blank=True)
+    table = pa.concat_tables(Prepare(settings)(inputs(list(images))))
+    assert table["reason"].to_pylist() == ["blank", None]
+    blank = table.to_pylist()[0]
+    assert (blank["width"], blank["height"]) == (300, 400)
+    assert (blank["tiles"], blank["token_ids"], blank["pixels"]) == (None, None, [])
+    assert run(inputs(list(images)))["reason"].to_pylist() == [None, None]
