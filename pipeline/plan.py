@@ -24,7 +24,7 @@ _FOOTER_THREADS = 32
 _FOOTERS_AHEAD = 256
 # Of a unit of documents: they share the start of a renderer, and wait for each other.
 _DOCUMENTS = 8
-_DOCUMENT_BYTES = 8 * 1024**2
+_DOCUMENT_BYTES = 1024**2  # of print a few hundred pages, of scans a few
 _LARGE_AHEAD = 4096
 
 

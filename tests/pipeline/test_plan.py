@@ -42,10 +42,10 @@ def test_every_file_is_in_one_unit(tmp_path):
 
 
 def test_documents_share_units_but_large_ones_which_come_last(tmp_path):
-    sizes = {"a.pdf": 1, "b.tif": 9, "c.pdf": 3, "d.pdf": 6, "e.PDF": 2, "f.tiff": 8}
+    sizes = {"a.pdf": 1, "b.tif": 9, "c.pdf": 3, "d.pdf": 6, "e.PDF": 2, "f.tiff": 8}  # eighths
     for name, size in sizes.items():
         (tmp_path / name).write_bytes(b"")
-        os.truncate(tmp_path / name, size * 1024**2)
+        os.truncate(tmp_path / name, size * 1024**2 // 8)
     for i in range(10):
         (tmp_path / f"g{i}.pdf").write_bytes(b"x")
     units = list(plan(tmp_path, unit_rows=100).units())
