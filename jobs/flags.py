@@ -22,7 +22,8 @@ EndpointUrl = Annotated[
 # The panel of the help that shows a key; a key in none of them stands with --help.
 _PANELS = {
     "Input and output": "output image_column uri_column keep unit_rows max_pixels max_bytes "
-    "decode_seconds dpi max_pages page_seconds document_seconds exif_rotate endpoint_url",
+    "decode_seconds exif_rotate endpoint_url",
+    "Documents": "dpi max_pages page_seconds document_seconds documents markdown",
     "Lists of addresses": "allow_host fetch_seconds host_requests host_rate",
     "Model": "model quantization dtype device chunk_tokens max_sequences cache_gib",
     "Prompt and answer": "prompt system schema max_new_tokens temperature top_p seed stop "
@@ -51,6 +52,7 @@ def with_changes(command: Callable[..., None]) -> Callable[..., None]:
     """The same with a flag for every key that says where and how fast, and None for what is not
     given: as it was in the run before."""
     given = {*inspect.signature(command).parameters, "strict", "max_failure_rate"}
+    given |= {"documents", "markdown"}  # what was written once is kept up to date
     fields = {k: f for k, f in KEYS.items() if k in WHERE_AND_HOW_FAST - given}
     return _add(command, [_change(key, field) for key, field in fields.items()])
 

@@ -5,6 +5,7 @@
     OUT/_vl01/plan.parquet            the units, and the schema of the kept columns
     OUT/_vl01/commits/000000123.json  unit 123 is done
     OUT/_vl01/replacing/              records of parts that are being replaced
+    OUT/_vl01/documents/, markdown/   pages joined again, if asked for: see documents.py
     OUT/_vl01/runs/RUN.json           what a run did in all, and on what hardware
     OUT/_vl01/tmp/                    unfinished files (on a disk; object stores need none)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from model.weights.checkpoint import checkpoint_revision
+from pipeline.documents import write_documents
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.model import open_model
@@ -90,6 +91,7 @@ def retry(job: Job, choice: Choice) -> RetrySummary:
                 f"{replacer.left:,} of {pending.num_rows:,} units are not done again; the same"
                 " command does the rest"
             )
+        write_documents(job, ledger, source)
     return replacer.summary(time.monotonic() - started)
 
 

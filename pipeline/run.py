@@ -20,6 +20,7 @@ from model.inputs.turning import Turner
 from model.weights.checkpoint import checkpoint_revision
 from pipeline.attempts import Climb
 from pipeline.commit import Committer
+from pipeline.documents import write_documents
 from pipeline.generate import Generate, GenerateSettings
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
@@ -63,6 +64,7 @@ def run(job: Job) -> Summary:
             read = replace(read, kept=ledger.kept)
             with tally.recorded(ledger, lease.run):
                 work(job, model, read, pending, committer, tally, stop)
+        write_documents(job, ledger, source)
         return tally.summary(ledger, committer, job.strict)
 
 

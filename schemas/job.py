@@ -81,6 +81,12 @@ class Job(BaseModel):
     document_seconds: float = Field(
         3600.0, gt=0, description="longest time to render one document; pages left then fail"
     )
+    documents: bool = Field(
+        False, description="also join the pages of each document, in _vl01/documents of the output"
+    )
+    markdown: bool = Field(
+        False, description="the same, and a .md file for each document, in _vl01/markdown"
+    )
     allow_host: tuple[str, ...] = Field(
         (), description="host[:port] or network that lists may lead to though it is not public"
     )
@@ -171,6 +177,8 @@ WHERE_AND_HOW_FAST = {
     "decode_seconds",
     "page_seconds",
     "document_seconds",
+    "documents",
+    "markdown",
     "allow_host",
     "fetch_seconds",
     "host_requests",

@@ -120,6 +120,32 @@ def output_schema(generated: pa.Schema) -> pa.Schema:
     return with_kept(schema, pa.schema([field for field in generated if field.name not in own]))
 
 
+# Not a stage: what --documents writes of the OUTPUT rows. Offsets count characters of `text`.
+DOCUMENTS = pa.schema(
+    [
+        ("source", pa.string()),
+        ("page_count", pa.int32()),  # null for a plain image and what could not be opened
+        ("text", pa.string()),  # of its pages, a blank line between two
+        *((status.value, pa.int32()) for status in Status),  # how many of its rows
+        (
+            "pages",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("page", pa.int32()),
+                        ("row_id", pa.string()),
+                        ("status", pa.string()),
+                        ("reason", pa.string()),
+                        ("start", pa.int64()),
+                        ("end", pa.int64()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+
+
 def with_kept(schema: pa.Schema, kept: pa.Schema) -> pa.Schema:
     """`schema` followed by the columns carried over from the source."""
     return pa.schema([*schema, *kept])

@@ -1,0 +1,165 @@
+"""Joined documents say what the rows say, add up to them, and follow them through retries."""
+
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pytest
+
+from pipeline import documents, lease, storage
+from pipeline.documents import join_pages, write_documents
+from pipeline.lease import Lease
+from pipeline.ledger import Ledger
+from pipeline.retry import Choice
+from pipeline.sources import open_source
+from pipeline.verify import verify
+from schemas.errors import LedgerError
+from schemas.rows import DOCUMENTS, Status
+from tests.documents import encrypted_pdf, pdf, tiff
+from tests.images import encode, page
+from tests.pipeline.fake_run import job_of, run
+from tests.pipeline.test_retry import retry
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(lease, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
+
+
+@pytest.fixture
+def ran(tmp_path) -> tuple[Path, Path]:
+    """A source of 20 documents and an image, and the output of a run over it."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    (source / "sub").mkdir(parents=True)
+    for i in range(16):
+        (source / f"sub/{i:02}.pdf").write_bytes(pdf([f"{i} {j}" for j in range(i % 4 + 1)]))
+    (source / "a.pdf").write_bytes(encrypted_pdf())
+    (source / "b.pdf").write_bytes(pdf(["x"])[:200])
+    (source / "c.tif").write_bytes(tiff([page(i, (90, 120)) for i in range(2)]))
+    (source / "d.tif").write_bytes(tiff([page(0, (90, 120))]))
+    (source / "e.png").write_bytes(encode(page(0, (90, 120)), "PNG"))
+    run(job_of(source, output))
+    return source, output
+
+
+def write(source: Path, output: Path, **keys) -> None:
+    ledger = Ledger(str(output))
+    with Lease(ledger):
+        ledger.resume()
+        write_documents(job_of(source, output, **keys), ledger, open_source(str(source)))
+
+
+def joined(output: Path) -> dict[str, dict]:
+    table = ds.dataset(output / "_vl01/documents", format="parquet").to_table()
+    assert table.schema.equals(DOCUMENTS)
+    return {row["source"]: row for row in table.to_pylist()}
+
+
+def files(output: Path) -> dict[str, tuple[bytes, int]]:
+    found = [*output.glob("_vl01/documents/*"), *output.glob("_vl01/markdown/**/*.md")]
+    return {
+        str(p.relative_to(output / "_vl01")): (p.read_bytes(), p.stat().st_mtime_ns) for p in found
+    }
+
+
+def row(number: int | None, text: str | None, status: Status = Status.OK) -> dict:
+    return {
+        "row_id": f"r{number}",
+        "source": "a.pdf",
+        "page": number,
+        "status": status,
+        "reason": None if text else "timeout",
+        "text": text,
+    }
+
+
+def test_spans_find_each_page_in_the_joined_text():
+    rows = [
+        row(3, "drei ü"),
+        row(None, None, Status.FAILED),
+        row(1, "one 🙂"),
+        row(2, None, Status.FAILED),
+        row(4, ""),
+        row(5, "five", Status.TRUNCATED),
+    ]
+    found = join_pages("a.pdf", rows)
+    assert found["text"] == "one 🙂\n\ndrei ü\n\nfive"
+    assert [p["page"] for p in found["pages"]] == [1, 2, 3, 4, 5, None]
+    for told in found["pages"]:
+        (was,) = [r["text"] for r in rows if r["page"] == told["page"]]
+        assert found["text"][told["start"] : told["end"]] == (was or "")
+    assert {name: found[name] for name in ("ok", "truncated", "invalid", "failed")} == {
+        "ok": 3,
+        "truncated": 1,
+        "invalid": 0,
+        "failed": 2,
+    }
+    assert found["page_count"] == 5
+
+
+def test_documents_add_up_to_the_rows_and_are_no_part_of_the_dataset(ran):
+    source, output = ran
+    write(source, output, documents=True)
+    rows = ds.dataset(output, format="parquet").to_table().to_pylist()
+    of_documents = [r for r in rows if not r["source"].endswith(".png")]
+    assert len(rows) == len(of_documents) + 1 == 1 + 1 + 2 + 1 + 4 * (1 + 2 + 3 + 4) + 1
+    found = joined(output)
+    assert found.keys() == {r["source"] for r in of_documents}
+    assert sum(d[s.value] for d in found.values() for s in Status) == len(of_documents)
+    listed = [p["row_id"] for d in found.values() for p in d["pages"]]
+    assert sorted(listed) == sorted(r["row_id"] for r in of_documents)
+    for r in of_documents:
+        document = found[r["source"]]
+        (told,) = [p for p in document["pages"] if p["row_id"] == r["row_id"]]
+        assert (told["page"], told["status"]) == (r["page"], r["status"])
+        assert document["text"][told["start"] : told["end"]] == (r["text"] or "")
+    assert found[f"{source}/sub/03.pdf"]["page_count"] == 4
+    assert found[f"{source}/a.pdf"]["page_count"] is None
+    assert verify(str(output), deep=True).ok
+
+
+def test_they_are_written_when_asked_for_and_then_kept_up_to_date(ran):
+    source, output = ran
+    write(source, output)
+    assert files(output) == {}
+    write(source, output, documents=True)
+    first = files(output)
+    assert {name.split("/")[0] for name in first} == {"documents"}
+    write(source, output, documents=True)
+    assert files(output) == first  # nothing has changed, so nothing was written
+    write(source, output, markdown=True)
+    markdown = {name for name in files(output) if name.startswith("markdown/")}
+    assert len(markdown) == 18  # no file for what could not be opened
+    assert "markdown/sub/03.pdf.md" in markdown
+
+    before = files(output)
+    (source / "b.pdf").write_bytes(pdf(["one", "two"]))
+    retry(source, output, Choice(frozenset({"failed"})), max_bytes=10**6)
+    write(source, output)  # as a retry does, without being asked
+    after = files(output)
+    assert after.keys() - before.keys() == {"markdown/b.pdf.md"}
+    assert joined(output)[f"{source}/b.pdf"]["ok"] == 2
+    changed = [name for name in before if after[name] != before[name]]
+    assert [name for name in changed if name.startswith("documents/")] == [
+        "documents/part-000000000.parquet"
+    ]
+
+
+def test_what_was_cut_short_is_done_by_the_next_run(ran, monkeypatch):
+    source, output = ran
+    whole = documents._write_markdown
+    written = []
+
+    def break_after_five(ledger, name, text):
+        if len(written) == 5:
+            raise OSError("disk full")
+        written.append(name)
+        whole(ledger, name, text)
+
+    monkeypatch.setattr(documents, "_write_markdown", break_after_five)
+    with pytest.raises(LedgerError, match=r"disk full\. All rows are committed"):
+        write(source, output, markdown=True)
+    monkeypatch.undo()
+    write(source, output, markdown=True)
+    assert len([name for name in files(output) if name.endswith(".md")]) == 18
+    assert len(joined(output)) == 20
