@@ -27,6 +27,15 @@ same run, and, on a GPU, which layers the time went to.
   vl01 bench slice --requests 64 --prompt 1000 --new 100
   vl01 bench slice --width tiny --device cpu --workload decode"""
 
+_ERROR = """Compare each quantization with the bf16 model that it is made of.
+
+Random weights at full width, one prompt; a layer at a time, so that one GPU
+of 80 GB is enough. Random weights have no outliers: a real checkpoint's
+int8 inputs may be less exact than these.
+
+[bold]Example[/bold]
+  vl01 bench error"""
+
 
 class WorkloadName(StrEnum):
     ALL = "all"
@@ -104,6 +113,19 @@ def bench_slice(
             if json_file:
                 numbers = report.as_json(settings, opened.device, opened.ceilings, measured)
                 json_file.write_text(json.dumps(numbers, indent=2))
+
+
+@app.command("error", help=_ERROR)
+def bench_error(
+    layers: Annotated[int, typer.Option(min=1, help="layers; every 8th is softmax")] = 8,
+    width: Annotated[Width, typer.Option(help="tiny: to try it anywhere")] = Width.RELEASED,
+    device: Annotated[Device, typer.Option()] = Device.AUTO,
+    tokens: Annotated[int, typer.Option(min=2, help="tokens of the prompt")] = 8192,
+) -> None:
+    from jobs.bench import report
+    from jobs.bench.error import measure_errors
+
+    report.show_errors(measure_errors(layers, str(width), str(device), tokens))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.bench.ceilings import Ceilings
+from jobs.bench.error import ModeError
 from jobs.bench.slice import Measurement, SliceSettings
 
 
@@ -36,6 +37,20 @@ def show(measurement: Measurement, ceilings: Ceilings) -> None:
     whole = sum(measurement.families.values())
     for name, seconds in measurement.families.items():
         table.add_row(f"  {name}", f"{seconds:.3f} s, {seconds / whole:.1%}")
+    _console().print(table)
+
+
+def show_errors(errors: list[ModeError]) -> None:
+    """A row for each quantization, against the same model in bf16."""
+    table = Table("quantization", "error of a layer, mean", "worst", "of the logits", "same token")
+    for error in errors:
+        table.add_row(
+            error.mode,
+            f"{sum(error.layers) / len(error.layers):.3%}",
+            f"{max(error.layers):.3%}",
+            f"{error.logits:.2%}",
+            f"{error.greedy:.1%}",
+        )
     _console().print(table)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from jobs import cli
+from jobs.bench.error import measure_errors
 from jobs.bench.families import IDLE, family, gather
 from jobs.bench.workloads import WORKLOADS, Workload, flops, flops_per_token, step_bytes
 from model.config import load_config
@@ -30,6 +31,34 @@ def test_the_command_measures_exactly_what_was_asked_for(tmp_path, capsys):
     assert measured["output_tokens_per_second"] == pytest.approx(3 * 4 / measured["seconds"])
     # One pass for the prompts, one for each further token: nothing ended early, nothing late.
     assert measured["microbatches"] == 4
+
+
+def test_int8_inputs_are_told_from_int8_weights_by_their_error(capsys):
+    torch.manual_seed(0)
+    weights, inputs = measure_errors(layers=3, width="tiny", device="cpu", tokens=70)
+    assert (weights.mode, inputs.mode) == ("int8", "int8-dynamic")
+    assert len(weights.layers) == len(inputs.layers) == 3
+    assert 0 < max(weights.layers) < 0.1
+    assert max(inputs.layers) < 0.15
+    assert sum(weights.layers) < sum(inputs.layers)
+    assert 0 < weights.logits < inputs.logits
+    with pytest.raises(SystemExit) as ended:
+        cli.main(
+            [
+                "bench",
+                "error",
+                "--width",
+                "tiny",
+                "--device",
+                "cpu",
+                "--layers",
+                "2",
+                "--tokens",
+                "70",
+            ]
+        )
+    assert not ended.value.code
+    assert "int8-dynamic" in capsys.readouterr().out
 
 
 def test_a_slice_that_does_not_exist_is_wrong_usage(capsys):
