@@ -116,11 +116,9 @@ def _quantized(plain: Decoder, mode: Quantization, where: dict[str, Any]) -> Dec
         if (scale := targets.get(f"{name}_scale")) is None:
             targets[name].copy_(weight)
             continue
-        matrices = [weight] if weight.ndim == 2 else list(weight)
-        stored = (
-            [(targets[name], scale)] if weight.ndim == 2 else zip(targets[name], scale, strict=True)
-        )
-        for matrix, (data, scales) in zip(matrices, stored, strict=True):
+        shape = (-1, *weight.shape[-2:])
+        stacks = weight.view(shape), targets[name].view(shape), scale.view(*shape[:2], 1)
+        for matrix, data, scales in zip(*stacks, strict=True):
             levels, steps = quantize(matrix)
             data.copy_(levels)
             scales.copy_(steps)
