@@ -46,12 +46,13 @@ def linear(
 
 
 def quantize_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [T, K] and fp32 scales [T, 1] with x ~ scale * int8: scale = absmax / 127, rounded to
-    the nearest, halves to even."""
+    """int8 [T, K] and fp32 scales [T, 1] with x ~ scale * int8: x * (127 / absmax), rounded to the
+    nearest, halves to even, and absmax / 127."""
     x_TK = x_TK.float()
-    scale_T1 = x_TK.abs().amax(dim=1, keepdim=True) / 127
-    # A row of zeros has the scale 0, and 0 / 0 is not a number.
-    return (x_TK / scale_T1).nan_to_num_(0).round_().to(torch.int8), scale_T1
+    most_T1 = x_TK.abs().amax(dim=1, keepdim=True)
+    # A row of zeros has no levels, and 127 / 0 is not a number.
+    levels_T1 = torch.where(most_T1 == 0, 0, 127 / most_T1)
+    return (x_TK * levels_T1).round_().to(torch.int8), most_T1 / 127
 
 
 def _integer_product(x_TK: Tensor, weight_NK: Tensor, scale_N1: Tensor) -> Tensor:

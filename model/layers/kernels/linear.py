@@ -17,9 +17,9 @@ from torch import Tensor
 from model.layers.kernels.int8 import load_weight, settle
 
 try:
-    from model.layers.kernels import dynamic, wide
+    from model.layers.kernels import prompts, wide
 except ImportError:  # Gluon is an experiment of Triton's and moves: 500 TFLOP/s without it, not 590
-    dynamic = wide = None
+    prompts = wide = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,6 @@ CONFIGS = (
 )
 ENOUGH_TILES = 288  # more than two a multiprocessor of an H100: K need not be split to fill it
 MOST_NARROW = 128  # tokens; more of them go to wide.py
-LEAST_DYNAMIC = 256  # tokens; fewer take as long with x as it is
 GROUPED_TILES = 4  # token tiles that share a weight tile while it is in the L2 cache
 
 
@@ -53,7 +52,7 @@ def int8_linear(
 ) -> Tensor:  # fmt: skip
     """x_TK bf16, weight_NK int8, scale_N1 bf16 -> y_TN bf16; `silu` applies it to y.
 
-    quantize_x lets x be rounded to int8 where that is faster: for many tokens.
+    quantize_x lets x be rounded to int8 where that is faster.
     K must be a multiple of 32. Raises ValueError where T * K needs more than 32 bits.
     """
     tokens, width = x_TK.shape
@@ -65,8 +64,8 @@ def int8_linear(
         raise ValueError(f"{tokens} tokens of {width}; the kernels index x with 32 bits")
     x_TK = x_TK.contiguous()
     pairs_NK = weight_NK.view(torch.int16)
-    if quantize_x and config is None and tokens > LEAST_DYNAMIC and dynamic:
-        dynamic.linear(x_TK, weight_NK, scale_N1, y_TN, silu)
+    if quantize_x and config is None and prompts and prompts.can_fill(x_TK, weight_NK):
+        prompts.int8_linear(x_TK, weight_NK, scale_N1, y_TN, silu)
         return y_TN
     if config is None and tokens > MOST_NARROW and wide and wide.can_multiply(width):
         wide.linear(x_TK, pairs_NK, scale_N1, y_TN, silu)

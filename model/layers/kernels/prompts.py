@@ -1,0 +1,331 @@
+"""The products of linear.py and experts.py for prompts, in Gluon: 128 tokens by 256 weight rows.
+
+One persistent kernel: a warp copies tiles of x and of the weight to shared memory while eight
+others multiply, and always have the next step queued behind the one at work. Either x is int8 too,
+or the weight is upcast to bf16 in registers, as wgmma's first operand (y^T = W x^T): Triton lets
+one write neither. T tokens, R rows (a token's choices), N rows of the weight, K columns, E experts,
+D hidden, F expert width.
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from model.layers.kernels.quantize import gather_rows, quantize_rows
+
+TOKENS = gl.constexpr(128)  # rows of x in a tile
+ROWS = gl.constexpr(256)  # of the weight in a tile
+BYTES = gl.constexpr(128)  # of a row of x a step
+WARPS = 8
+# Token tiles that share a tile of the weight while it is in the L2 cache.
+SHARED_TILES = gl.constexpr(16)
+# Pairs of columns of the weight as a thread's part of wgmma's first operand.
+PAIRS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[8, 0], [0, 4], [0, 8], [0, 16], [128, 0]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0], [64, 0]],
+        block_bases=[],
+        shape=[256, 32],
+    )
+)
+
+
+def can_multiply(*widths: int) -> bool:
+    """Whether the steps, of which upcasting takes two at a time, divide so many columns."""
+    return all(width % BYTES.value == 0 for width in widths)
+
+
+def can_fill(x_TK: Tensor, weight_NK: Tensor) -> bool:
+    """Whether an int8 product has tiles for half the multiprocessors, and so is faster than one
+    that splits K (0.046 against 0.077 ms at 256 tokens of [9216, 6144])."""
+    tiles = triton.cdiv(len(x_TK), TOKENS.value) * triton.cdiv(len(weight_NK), ROWS.value)
+    return can_multiply(x_TK.shape[1]) and 2 * tiles >= _processors(x_TK.device)
+
+
+def int8_linear(
+    x_TK: Tensor, weight_NK: Tensor, scale_N1: Tensor, y_TN: Tensor, silu: bool
+) -> None:
+    """y = scale_x * scale * (x as int8) weight^T, through silu if asked."""
+    tiles = triton.cdiv(len(x_TK), TOKENS.value)
+    _launch(*quantize_rows(x_TK), weight_NK[None], scale_N1, y_TN, tiles, SILU=silu)
+
+
+def experts(
+    x_TD, w13_EFD, w13_scale_EF1, w2_EDF, w2_scale_ED1, y_RD, grouped, weights_TK, *,
+    quantize_x: bool,
+) -> None:  # fmt: skip
+    """y[original row] = routing weight * w2(silu(w1 x) * w3 x)."""
+    count, doubled, hidden = w13_EFD.shape
+    h_RF = torch.empty(len(y_RD), doubled // 2, device=x_TD.device, dtype=x_TD.dtype)
+    places, tiles = grouped.tiles(TOKENS.value)
+    w13 = w13_EFD.view(2 * count, -1, hidden), w13_scale_EF1
+    w2 = w2_EDF, w2_scale_ED1
+    of_token = grouped.rows_R, weights_TK.shape[1]
+    rows = quantize_rows(x_TD, *of_token) if quantize_x else (gather_rows(x_TD, *of_token), w13[1])
+    _launch(*rows, *w13, h_RF, tiles, places, HALVES=2)
+    rows = quantize_rows(h_RF) if quantize_x else (h_RF, w2[1])
+    _launch(*rows, *w2, y_RD, tiles, places, grouped.rows_R, weights_TK)
+
+
+def _launch(
+    x_RK: Tensor, x_scale, weight_GNK, scale, y, tiles, places=None, sorted_rows=None,
+    weights=None, *, HALVES=1, SILU=False,
+):  # fmt: skip
+    """One product. `tiles` is their number, or with `places` a tensor that holds it; with
+    `sorted_rows`, rows of y go there, times their routing weights."""
+    outputs, width = weight_GNK.shape[1:]
+    upcast = x_RK.dtype != torch.int8
+    x_layout, weight_layout = _LAYOUTS[upcast]
+    columns = BYTES.value // x_RK.element_size()
+    if upcast:
+        weight_GNK = weight_GNK.view(torch.int16)
+    _product[(_processors(y.device),)](
+        TensorDescriptor.from_tensor(x_RK, [TOKENS.value, columns], x_layout),
+        TensorDescriptor.from_tensor(
+            weight_GNK, [HALVES, ROWS.value // HALVES, columns // (1 + upcast)], weight_layout
+        ),
+        x_scale, scale, y, y if places is None else places, tiles,
+        y if sorted_rows is None else sorted_rows, y if weights is None else weights,
+        len(x_RK), outputs, K=width, HALVES=HALVES, GROUPED=places is not None, SILU=SILU,
+        ROUTED=sorted_rows is not None, UPCAST=upcast, num_warps=WARPS,
+    )  # fmt: skip
+
+
+_LAYOUTS = {
+    False: (gl.NVMMASharedLayout(128, 8, 2), gl.NVMMASharedLayout(128, 8, 3)),
+    True: (gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(64, 16, 3)),  # in int16 pairs
+}
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _name(kernel) -> str:
+    """What a profile shows."""
+    of = kernel.constants
+    product = "_gate_up" if of["HALVES"] == 2 else "_down" if of["ROUTED"] else "_linear"
+    return product + ("_upcast" if of["UPCAST"] else "_int8")
+
+
+@gluon.jit(repr=_name)
+def _product(
+    x, weight, x_scale, scale, y, places, tiles, sorted_rows, route_weights, R, N,
+    K: gl.constexpr, HALVES: gl.constexpr, GROUPED: gl.constexpr, SILU: gl.constexpr,
+    ROUTED: gl.constexpr, UPCAST: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = 5 if UPCAST else 4  # with the output's tile as many as fit in 227 KiB
+    COLUMNS: gl.constexpr = BYTES // 2 if UPCAST else BYTES
+    PACKED: gl.constexpr = 2 if UPCAST else 1
+    xs = gl.allocate_shared_memory(x.dtype, [STAGES, TOKENS, COLUMNS], x.layout)
+    weights = gl.allocate_shared_memory(
+        weight.dtype, [STAGES, HALVES, ROWS // HALVES, COLUMNS // PACKED], weight.layout
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), 1)
+        mbarrier.init(empty.index(stage), 1)
+    fence_async_shared()
+    if GROUPED:
+        tiles = gl.load(tiles)
+    blocks = gl.cdiv(N, ROWS // HALVES)
+    slots = (xs, weights, full, empty)
+    gl.warp_specialize(
+        [
+            (_multiply_tiles, (slots, x_scale, scale, y, places, tiles, blocks, sorted_rows,
+             route_weights, R, N, K, HALVES, GROUPED, SILU, ROUTED, UPCAST)),
+            (_copy_tiles, (x, weight, slots, places, tiles, blocks, R, K, COLUMNS, PACKED, HALVES,
+             GROUPED)),
+        ],
+        [1], [24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _find_tile(work, places, tiles, blocks, R, GROUPED: gl.constexpr):
+    """(block of weight rows, expert, first row, end row): SHARED_TILES tiles of each block before
+    the next block."""
+    group = work // (SHARED_TILES * blocks)
+    group_tiles = min(tiles - group * SHARED_TILES, SHARED_TILES)
+    within = work % (SHARED_TILES * blocks)
+    tile = group * SHARED_TILES + within % group_tiles
+    expert = 0
+    first = tile * TOKENS
+    end = R
+    if GROUPED:
+        expert = gl.load(places + 3 * tile)
+        first = gl.load(places + 3 * tile + 1)
+        end = gl.load(places + 3 * tile + 2)
+    return within // group_tiles, expert, first, end
+
+
+@gluon.jit
+def _copy_tiles(
+    x, weight, slots, places, tiles, blocks, R, K: gl.constexpr, COLUMNS: gl.constexpr,
+    PACKED: gl.constexpr, HALVES: gl.constexpr, GROUPED: gl.constexpr,
+):  # fmt: skip
+    xs, weights, full, empty = slots
+    STAGES: gl.constexpr = full.shape[0]
+    step = 0
+    for work in range(gl.program_id(0), tiles * blocks, gl.num_programs(0)):
+        block, expert, first, _ = _find_tile(work, places, tiles, blocks, R, GROUPED)
+        for k in range(0, K, COLUMNS):
+            slot = step % STAGES
+            mbarrier.wait(empty.index(slot), step // STAGES & 1 ^ 1)
+            ready = full.index(slot)
+            mbarrier.expect(ready, TOKENS * BYTES + ROWS * COLUMNS)
+            tma.async_copy_global_to_shared(x, [first, k], ready, xs.index(slot))
+            row = block * (ROWS // HALVES)
+            tma.async_copy_global_to_shared(
+                weight, [expert * HALVES, row, k // PACKED], ready, weights.index(slot)
+            )
+            step += 1
+
+
+@gluon.jit
+def _wait_full(slots, step, more=True):
+    """The slot of a step, once its tiles are there."""
+    full = slots[2]
+    STAGES: gl.constexpr = full.shape[0]
+    mbarrier.wait(full.index(step % STAGES), step // STAGES & 1, pred=more)
+    return step % STAGES
+
+
+@gluon.jit
+def _free(slots, step, more=True):
+    empty = slots[3]
+    STAGES: gl.constexpr = empty.shape[0]
+    mbarrier.arrive(empty.index((step + STAGES) % STAGES), pred=more)
+
+
+@gluon.jit
+def _multiply_int8(slots, step, K: gl.constexpr):
+    """The next tile's x weight^T, int32 [TOKENS, ROWS], and the step after it."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 32])
+    total = gl.zeros((TOKENS, ROWS), gl.int32, mma)
+    for k in range(0, K, BYTES):
+        slot = _wait_full(slots, step)
+        weight = slots[1].index(slot).reshape((ROWS, BYTES)).permute((1, 0))
+        total = warpgroup_mma(slots[0].index(slot), weight, total, is_async=True)
+        total = warpgroup_mma_wait(1, deps=[total])
+        _free(slots, step - 1, k > 0)
+        step += 1
+    total = warpgroup_mma_wait(0, deps=[total])
+    _free(slots, step - 1)
+    return total, step
+
+
+@gluon.jit
+def _multiply_upcast(slots, step, K: gl.constexpr):
+    """The same in fp32. wgmma reads the upcast weights from registers until it ends, so they are
+    handed to the wait that says so: their registers must not be used again before."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16])
+    total = gl.zeros((ROWS, TOKENS), gl.float32, mma)
+    even = _upcast(slots, step, True, mma)
+    odd = even
+    for k in range(0, K, BYTES):
+        total = warpgroup_mma(even, _x(slots, step), total, is_async=True)
+        total, odd = warpgroup_mma_wait(1, deps=[total, odd])
+        _free(slots, step - 1, k > 0)
+        odd = _upcast(slots, step + 1, True, mma)
+        total = warpgroup_mma(odd, _x(slots, step + 1), total, is_async=True)
+        total, even = warpgroup_mma_wait(1, deps=[total, even])
+        _free(slots, step)
+        step += 2
+        even = _upcast(slots, step, k < K - BYTES, mma)
+    total, odd = warpgroup_mma_wait(0, deps=[total, odd])
+    _free(slots, step - 1)
+    return gl.permute(total, (1, 0)), step
+
+
+@gluon.jit
+def _x(slots, step):
+    xs = slots[0]
+    STAGES: gl.constexpr = xs.shape[0]
+    return xs.index(step % STAGES).permute((1, 0))
+
+
+@gluon.jit
+def _upcast(slots, step, more, mma: gl.constexpr):
+    """The weights of a step, once they are there, as wgmma's first operand; int8.py says how."""
+    slot = _wait_full(slots, step, more)
+    pairs = slots[1].index(slot).reshape((ROWS, BYTES // 4)).load(PAIRS)
+    low, high = gl.inline_asm_elementwise(
+        """{
+        .reg .b32 t, u, v;
+        cvt.u32.u16 t, $2;
+        prmt.b32 t, t, 0x43434343, 0x4140;
+        and.b32 u, t, 0xff7fff7f;
+        and.b32 v, t, 0xff80ff80;
+        sub.bf16x2 t, u, v;
+        mov.b32 {$0, $1}, t;
+        }""",
+        "=h,=h,h",
+        [pairs],
+        dtype=(gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=1,
+    )
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    whole = gl.join(low, high).reshape(ROWS, BYTES // 2)
+    return gl.convert_layout(whole, operand, assert_trivial=True)
+
+
+@gluon.jit
+def _multiply_tiles(
+    slots, x_scale, scale, y, places, tiles, blocks, sorted_rows, route_weights, R, N,
+    K: gl.constexpr, HALVES: gl.constexpr, GROUPED: gl.constexpr, SILU: gl.constexpr,
+    ROUTED: gl.constexpr, UPCAST: gl.constexpr,
+):  # fmt: skip
+    WIDTH: gl.constexpr = ROWS // HALVES
+    out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [8, 1], [1, 0])
+    step = 0
+    for work in range(gl.program_id(0), tiles * blocks, gl.num_programs(0)):
+        block, expert, first, end = _find_tile(work, places, tiles, blocks, R, GROUPED)
+        if UPCAST:
+            total, step = _multiply_upcast(slots, step, K)
+        else:
+            total, step = _multiply_int8(slots, step, K)
+        at: gl.constexpr = total.type.layout
+        # Rows past the end read the last one; they are not stored.
+        row = gl.minimum(first + gl.arange(0, TOKENS, gl.SliceLayout(1, at)), end - 1)
+        column = gl.arange(0, ROWS, gl.SliceLayout(0, at))
+        n = gl.minimum(block * WIDTH + column % WIDTH, N - 1)
+        n += (expert * HALVES + column // WIDTH) * N
+        value = total.to(gl.float32) * gl.load(scale + n).to(gl.float32)[None, :]
+        if not UPCAST:
+            value *= gl.load(x_scale + row)[:, None]
+        if HALVES == 2:
+            gate, up = gl.split(gl.permute(value.reshape((TOKENS, 2, WIDTH)), (0, 2, 1)))
+            value = gate / (1 + gl.exp(-gate)) * up
+        if SILU:
+            value = value / (1 + gl.exp(-value))
+        if ROUTED:
+            value *= gl.load(route_weights + gl.load(sorted_rows + row))[:, None]
+        row = first + gl.arange(0, TOKENS, gl.SliceLayout(1, out))
+        live = row < end
+        if ROUTED:
+            row = gl.load(sorted_rows + gl.minimum(row, end - 1))
+        n = block * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, out))
+        gl.store(
+            y + row.to(gl.int64)[:, None] * N + n[None, :],
+            gl.convert_layout(value.to(gl.bfloat16), out),
+            mask=live[:, None] & (n < N)[None, :],
+        )
