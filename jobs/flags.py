@@ -21,8 +21,8 @@ EndpointUrl = Annotated[
 
 # The panel of the help that shows a key; a key in none of them stands with --help.
 _PANELS = {
-    "Input and output": "output image_column uri_column keep unit_rows max_pixels max_bytes "
-    "decode_seconds exif_rotate endpoint_url",
+    "Input and output": "output image_column uri_column keep unit_rows grow settle_seconds "
+    "max_pixels max_bytes decode_seconds exif_rotate endpoint_url",
     "Documents": "dpi max_pages page_seconds document_seconds documents markdown",
     "Lists of addresses": "allow_host fetch_seconds host_requests host_rate",
     "Model": "model quantization dtype device chunk_tokens max_sequences cache_gib",
@@ -31,6 +31,8 @@ _PANELS = {
     "Cluster": "pp replicas prepare_workers address grace_seconds",
 }
 _PANEL_OF = {key: panel for panel, keys in _PANELS.items() for key in keys.split()}
+# What a retry does not ask for; documents that were written once are kept up to date.
+_NOT_OF_RETRIES = {"strict", "max_failure_rate", "grow", "settle_seconds", "documents", "markdown"}
 
 
 def with_flags(task: Task, command: Callable[..., None]) -> Callable[..., None]:
@@ -51,8 +53,7 @@ def with_flags(task: Task, command: Callable[..., None]) -> Callable[..., None]:
 def with_changes(command: Callable[..., None]) -> Callable[..., None]:
     """The same with a flag for every key that says where and how fast, and None for what is not
     given: as it was in the run before."""
-    given = {*inspect.signature(command).parameters, "strict", "max_failure_rate"}
-    given |= {"documents", "markdown"}  # what was written once is kept up to date
+    given = {*inspect.signature(command).parameters, *_NOT_OF_RETRIES}
     fields = {k: f for k, f in KEYS.items() if k in WHERE_AND_HOW_FAST - given}
     return _add(command, [_change(key, field) for key, field in fields.items()])
 

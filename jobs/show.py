@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from schemas.ledger import Growth
 from schemas.report import Summary
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def passed_on(text: str) -> None:
 def summary(result: Summary) -> None:
     """Rows by status, tokens, time in each stage, where the output is."""
     facts = {"output": f"{result.output} ({result.units:,} units, all committed)"}
+    if result.growth:
+        facts["source"] = growth(result.growth)
     if result.rows:
         facts |= {
             "rows": _counts(result.rows),
@@ -41,6 +44,18 @@ def summary(result: Summary) -> None:
     else:
         facts["rows"] = "nothing was left to do"
     _facts(facts)
+
+
+def growth(found: Growth) -> str:
+    """What is new in a source that was listed again."""
+    counts = {
+        "new": found.new_files,
+        "changed": found.changed_files,
+        "gone, which keep their rows": found.gone_files,
+        "written too recently (--settle-seconds), which wait for the next run": found.waiting_files,
+    }
+    told = [f"{count:,} files {what}" for what, count in counts.items() if count]
+    return "; ".join(told) or "nothing is new or changed"
 
 
 def retry(result: "RetrySummary") -> None:
@@ -107,6 +122,11 @@ def verification(found: "Verification") -> None:
     )
     for problem in found.problems:
         error(problem)
+    if found.outdated_units:
+        error(
+            f"{found.outdated_units:,} units have files that changed since and are to be done "
+            "again; the command that started it does it"
+        )
     if found.pending_units:
         error(
             f"the run is not finished: {found.pending_units:,} units are to do; "

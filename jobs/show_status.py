@@ -31,6 +31,9 @@ def show_status(status: "Status") -> None:
             "output": status.output,
             "units": f"{status.committed_units:,} of {status.planned_units:,} are done "
             f"({share:.1%})",
+            "again": f"{status.outdated_units:,} units have files that changed since"
+            if status.outdated_units
+            else "",
             "rows": _rows(status),
             "reasons": _counts(status.reasons),
             "pace": _pace(status),

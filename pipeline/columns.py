@@ -74,9 +74,13 @@ class KeptColumns:
     differ or that cannot be carried, a name nobody has.
     """
 
-    def __init__(self, keep: tuple[str, ...]) -> None:
+    def __init__(self, keep: tuple[str, ...], known: pa.Schema | None = None) -> None:
+        """known: of a dataset that is there already, whose types stay."""
         self.keep = keep
-        self._found: dict[str, tuple[pa.DataType, str]] = {}
+        self._fixed = known is not None
+        self._found: dict[str, tuple[pa.DataType, str]] = {
+            field.name: (field.type, "the dataset") for field in known or []
+        }
         if clash := [name for name in keep if name in _OWN_NAMES]:
             raise ConfigError(f"cannot keep {', '.join(clash)}: the output uses that name itself")
         if twice := sorted({name for name in keep if keep.count(name) > 1}):
@@ -92,7 +96,7 @@ class KeptColumns:
                     f"cannot keep {name}: it is {type_} in {file}; views are not kept"
                 )
             known, known_file = self._found.get(name, (pa.null(), file))
-            if t.is_null(known):
+            if t.is_null(known) and not self._fixed:
                 self._found[name] = type_, file
             elif not t.is_null(type_) and type_ != known:
                 raise ConfigError(

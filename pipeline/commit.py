@@ -4,13 +4,15 @@ The one place that writes rows. Runs in the process that holds the lease.
 """
 
 import hashlib
+import io
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.finish import finish
@@ -18,7 +20,7 @@ from pipeline.lease import Lease
 from pipeline.ledger import Ledger, now
 from schemas.errors import LedgerError
 from schemas.extraction import load_schema
-from schemas.ledger import CommitRecord
+from schemas.ledger import CommitRecord, Unit, UnitKind, Work
 from schemas.rows import GENERATED, with_extraction, with_kept
 
 
@@ -57,52 +59,108 @@ class Committer:
         self._lease = lease
         self._schema = _generated_schema(ledger)
         self._metadata = _part_metadata(ledger)
-        self._done = ledger.committed()  # and kept up to date by the ledger
+        self._growth = ledger.plan.growth.number
         self._gathered: dict[int, _Gathered] = {}
 
-    def add(self, rows: pa.Table) -> list[CommitRecord]:
+    def add(self, rows: pa.Table) -> list[Work]:
         """Takes rows in the GENERATED schema with the kept columns; commits the units that are
-        whole with them. Rows of units that are committed already are ignored.
+        whole with them, and tells what was done of each. Rows of units that are done already are
+        ignored.
 
         Raises LedgerError when the lease is lost.
         """
         rows = rows.select(self._schema.names).cast(self._schema)
         units = rows["unit"].to_numpy()
-        records = []
+        works = []
         for unit in np.unique(units).tolist():
-            if self._done[unit]:
+            if self._is_done(unit):
                 continue
             gathered = self._gathered.setdefault(unit, _Gathered())
             gathered.add(rows.filter(pa.array(units == unit)))
             if gathered.whole:
-                records.append(self._commit(unit, gathered.rows()))
+                works.append(self._commit(unit, finish(gathered.rows())))
                 del self._gathered[unit]
-        return records
+        return works
+
+    def add_empty(self, units: pa.Table) -> pa.Table:
+        """Commits those that have no rows any more, since their file has fewer now; the others, in
+        the PLAN schema too."""
+        empty = pc.call_function("equal", [units["rows"], pa.scalar(0)]).fill_null(False)
+        nothing = finish(self._schema.empty_table())
+        for unit in units.filter(empty)["unit"].to_pylist():
+            self._commit(unit, nothing)
+        return units.filter(pc.call_function("invert", [empty]))
 
     def incomplete(self) -> dict[int, int]:
         """Units of which rows came, but not all: how many came of each."""
         return {unit: len(gathered.seen) for unit, gathered in self._gathered.items()}
 
-    def _commit(self, unit: int, generated: pa.Table) -> CommitRecord:
-        return self._write(unit, finish(generated), self._ledger.commit)
+    def _is_done(self, unit: int) -> bool:
+        return bool(self._ledger.committed()[unit]) and unit not in self._ledger.outdated()
+
+    def _commit(self, unit: int, rows: pa.Table) -> Work:
+        """rows: OUTPUT rows, all of the unit, or those of the files in it that changed."""
+        work = self._work(rows)
+        if self._ledger.committed()[unit]:
+            record = self._ledger.record(unit)
+            merged = with_changed_files(self.old_rows(record), rows, self._ledger.outdated()[unit])
+            self._replace(record, merged, work, self._growth)
+        else:
+            self._write(unit, rows, [], self._growth, self._ledger.commit)
+        return work
+
+    def old_rows(self, record: CommitRecord) -> pa.Table:
+        """The part of a record. Raises LedgerError when it is not what was committed."""
+        try:
+            data = self._ledger.read_part(record.unit)
+        except Exception as error:  # storage clients raise far more than OSError
+            raise LedgerError(f"cannot read {record.part}: {error}") from error
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise LedgerError(
+                f"{record.part} of {self._ledger.output} is not what was committed; "
+                "vl01 verify --deep tells what else is wrong"
+            )
+        return rows_of(data)
+
+    def _replace(self, old: CommitRecord, rows: pa.Table, work: Work, growth: int) -> None:
+        works = [*old.history(), work]
+        self._write(old.unit, rows, works, growth, self._ledger.replace)
+
+    def _work(self, rows: pa.Table) -> Work:
+        return Work(
+            run=self._lease.run,
+            at=now(),
+            statuses=_counts(rows["status"]),
+            reasons=_counts(rows["reason"]),
+            prompt_tokens=_sum(rows["prompt_tokens"]),
+            output_tokens=_sum(rows["output_tokens"]),
+        )
 
     def _write(
-        self, unit: int, rows: pa.Table, write: Callable[[CommitRecord, bytes], None]
-    ) -> CommitRecord:
+        self,
+        unit: int,
+        rows: pa.Table,
+        works: list[Work],
+        growth: int,
+        write: Callable[[CommitRecord, bytes], None],
+    ) -> None:
         """Writes the OUTPUT rows of a unit. Raises LedgerError."""
         part = part_bytes(rows, self._metadata)
+        whole = self._work(rows)
         record = CommitRecord(
             unit=unit,
             part=self._ledger.part_name(unit),
             rows=rows.num_rows,
             size=len(part),
             sha256=hashlib.sha256(part).hexdigest(),
-            statuses=_counts(rows["status"]),
-            reasons=_counts(rows["reason"]),
-            prompt_tokens=_sum(rows["prompt_tokens"]),
-            output_tokens=_sum(rows["output_tokens"]),
-            run=self._lease.run,
-            committed_at=now(),
+            statuses=whole.statuses,
+            reasons=whole.reasons,
+            prompt_tokens=whole.prompt_tokens,
+            output_tokens=whole.output_tokens,
+            run=whole.run,
+            committed_at=whole.at,
+            growth=growth,
+            works=tuple(works),
         )
         try:
             self._lease.check()
@@ -112,7 +170,31 @@ class Committer:
         except Exception as error:  # storage clients raise far more than OSError
             where = self._ledger.output
             raise LedgerError(f"cannot commit unit {unit} to {where}: {error}") from error
-        return record
+
+
+def with_changed_files(old: pa.Table, new: pa.Table, changed: Unit) -> pa.Table:
+    """The rows of a unit after some of its files changed, all in one schema: new rows stand where
+    the old ones of the same file were, however many there are of either."""
+    if changed.kind in (UnitKind.TAR, UnitKind.PARQUET):
+        return new  # of one file
+    places: defaultdict[str, list[int]] = defaultdict(list)
+    for place, source in enumerate(new["source"].to_pylist(), old.num_rows):
+        places[source].append(place)
+    takes: list[int] = []
+    seen: set[str] = set()
+    for place, source in enumerate(old["source"].to_pylist()):
+        if source not in places:
+            takes.append(place)
+        elif source not in seen:
+            seen.add(source)
+            takes += places[source]
+    takes += [place for source in places if source not in seen for place in places[source]]
+    return pa.concat_tables([old, new]).take(takes)
+
+
+def rows_of(part: bytes) -> pa.Table:
+    """OUTPUT rows with the kept columns."""
+    return pq.read_table(io.BytesIO(part)).replace_schema_metadata(None)
 
 
 def part_bytes(rows: pa.Table, metadata: dict[str, str]) -> bytes:

@@ -2,7 +2,7 @@
 
     OUT/part-000000123.parquet        the rows of unit 123; count only with its record
     OUT/_vl01/job.json                the job and its fingerprint; written last, seals the plan
-    OUT/_vl01/plan.parquet            the units, and the schema of the kept columns
+    OUT/_vl01/plan.parquet            the units; growth/ beside it: see stored_plan.py
     OUT/_vl01/commits/000000123.json  unit 123 is done
     OUT/_vl01/replacing/              records of parts that are being replaced
     OUT/_vl01/documents/, markdown/   pages joined again, if asked for: see documents.py
@@ -28,10 +28,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.plan import Plan
-from pipeline.plan_file import PlanTotals, read_kept, read_plan, write_plan
+from pipeline.growth import find_growth
+from pipeline.plan import Plan, plan_table
+from pipeline.plan_file import FILES_FILE, PLAN_FILE, write_plan
+from pipeline.sources import Source
 from pipeline.storage import (
-    PatientFile,
     full_address,
     is_local,
     list_files,
@@ -43,13 +44,14 @@ from pipeline.storage import (
     try_writing,
     write_whole,
 )
+from pipeline.stored_plan import StoredPlan, joined
 from schemas.errors import ConfigError, LedgerError
 from schemas.job import Job
-from schemas.ledger import CommitRecord
+from schemas.ledger import CommitRecord, Growth, PlanTotals, Unit
 from schemas.report import RunRecord
 from schemas.rows import Status
 
-LAYOUT = 1  # of this folder; another one is not read
+LAYOUT = 2  # of this folder; another one is not read
 _PART = re.compile(r"part-(\d{9})\.parquet")
 _RECORD = re.compile(r"(\d{9})\.json")
 _RECORD_THREADS = 32
@@ -62,9 +64,9 @@ class Ledger:
     """One output folder. The attributes below are there once `resume` or `create` opened it."""
 
     job: dict[str, Any]  # what job.json holds
-    kept: pa.Schema  # the columns carried over from the source
-    totals: PlanTotals
-    _done: np.ndarray | None = None
+    plan: StoredPlan
+    _committed: np.ndarray | None = None
+    _outdated: dict[int, Unit] | None = None
 
     def __init__(self, output: str, endpoint_url: str | None = None) -> None:
         self.fs, self.root = open_fs(output, endpoint_url)
@@ -111,8 +113,8 @@ class Ledger:
     def resume(self, fingerprint: dict[str, Any] | None = None) -> bool:
         """Opens the run that OUT holds; False if it holds none yet.
 
-        The stored plan is used again: the source is not listed a second time, so files added
-        to it since belong to another job. Raises ConfigError if OUT holds another job.
+        The stored plan is used again: only `grow` lists the source a second time. Raises
+        ConfigError if OUT holds another job.
         """
         try:
             self.job = json.loads(self.read("job.json"))
@@ -130,7 +132,6 @@ class Ledger:
         if fingerprint is not None:
             self._refuse_another_job(fingerprint)
         self._open_plan()
-        self._done = None
         return True
 
     def _refuse_another_job(self, fingerprint: dict[str, Any]) -> None:
@@ -148,11 +149,10 @@ class Ledger:
 
     def create(self, job: Job, fingerprint: dict[str, Any], plan: Plan, run: str) -> None:
         """Stores the plan, then job.json, which makes both count. Raises ConfigError."""
-        with tempfile.TemporaryDirectory() as elsewhere:
-            scratch = self._path("tmp") if is_local(self.fs) else elsewhere
-            unfinished = Path(scratch) / "plan.parquet"
-            planned = write_plan(plan, unfinished)
-            put_in_place(self.fs, unfinished, self._path("plan.parquet"))
+        with self._scratch() as folder:
+            planned = write_plan(plan, folder)
+            for name in (FILES_FILE, PLAN_FILE):
+                put_in_place(self.fs, folder / name, self._path(name))
         path = f"{self.root}/.huggingface.yaml"
         write_whole(self.fs, path, _FOR_DATASETS.encode(), self._path("tmp"))
         content = {
@@ -167,29 +167,77 @@ class Ledger:
         self.write("job.json", json.dumps(content, indent=1).encode())
         self.resume(fingerprint)
 
+    def grow(self, job: Job, source: Source) -> Growth:
+        """Lists the source again and adds to the plan what is new or changed there, in one step.
+        Raises ConfigError. Only for who has the lease.
+        """
+        with self._scratch() as folder:
+            growth = self.find_growth(job, source, folder)
+            if growth.number > self.plan.growth.number:
+                self.plan.store(folder, growth)
+                self._open_plan()
+        return growth
+
+    def find_growth(self, job: Job, source: Source, folder: Path) -> Growth:
+        """What `grow` would add, as files in a folder of this machine."""
+        newest = self.plan.growth
+        settled = newest.settled if self.outdated() else newest.number
+        return find_growth(job, source, self.plan, settled, folder)
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        """A folder of this machine for unfinished files, on the disk of OUT if that is here."""
+        with tempfile.TemporaryDirectory() as elsewhere:
+            folder = Path(self._path("tmp") if is_local(self.fs) else elsewhere)
+            yield folder
+            for name in (FILES_FILE, PLAN_FILE):  # what was not put in place
+                (folder / name).unlink(missing_ok=True)
+
     def _open_plan(self) -> None:
+        self._committed = self._outdated = None
         try:
-            with self._open("plan.parquet") as file:
-                self.kept = read_kept(file)
-                self.totals = PlanTotals(**self.job["planned"])
+            self.plan = StoredPlan(self.fs, self._path("")[:-1], PlanTotals(**self.job["planned"]))
         except Exception as error:
             raise LedgerError(f"the plan of {self.output} cannot be read: {error}") from error
+
+    @property
+    def kept(self) -> pa.Schema:
+        """The columns carried over from the source."""
+        return self.plan.kept
+
+    @property
+    def totals(self) -> PlanTotals:
+        return self.plan.totals
 
     # What is done and what is not
 
     def planned(self) -> Iterator[pa.Table]:
         """All units in the PLAN schema, in small tables."""
-        with self._open("plan.parquet") as file:
-            yield from read_plan(file)
+        return self.plan.units()
 
     def committed(self) -> np.ndarray:
         """bool [units of the plan]: which units have a record. No record is read.
 
         Listed once, and kept up to date by `commit`: nobody else writes while the lease is held.
         """
-        if self._done is None:
-            self._done = self._list_records()
-        return self._done
+        if self._committed is None:
+            self._committed = self._list_records()
+        return self._committed
+
+    def outdated(self) -> dict[int, Unit]:
+        """The committed units with files that have changed since, by number: what is to be done
+        again of each. Reads the records of units that changed, and keeps it up to date."""
+        if self._outdated is None:
+            changed, done = self.plan.changed(after=self.plan.growth.settled), self.committed()
+            numbers = [number for number in changed if done[number]]
+            with ThreadPoolExecutor(_RECORD_THREADS) as pool:
+                known = [record.growth for record in pool.map(self.record, numbers)]
+            self._outdated = {
+                number: joined([unit for growth, unit in changed[number] if growth > knows])
+                for number, knows in zip(numbers, known, strict=True)
+                if changed[number][-1][0] > knows
+            }
+        return self._outdated
 
     def _list_records(self) -> np.ndarray:
         done = np.zeros(self.totals.units, bool)
@@ -204,12 +252,15 @@ class Ledger:
         return done
 
     def pending(self) -> Iterator[pa.Table]:
-        """The units without a record, in the PLAN schema, in small tables."""
-        done = self.committed()
+        """What is to do, in the PLAN schema, in small tables: the units without a record, and of
+        outdated ones the files that have changed."""
+        done, again = self.committed(), self.outdated()
         for units in self.planned():
             todo = units.filter(pa.array(~done[units["unit"].to_numpy()]))
             if todo.num_rows:
                 yield todo
+        if again:
+            yield plan_table(list(again.values()))
 
     def parts(self) -> Iterator[int]:
         """The units that have a part, recorded or not."""
@@ -224,6 +275,7 @@ class Ledger:
             with suppress(FileNotFoundError):  # the lease's beat, or a run that will be refused
                 self.remove(f"tmp/{name}")
         self._settle_replacements()
+        self.plan.clean_up()
         done = self.committed()
         for unit in list(self.parts()):
             if unit >= len(done) or not done[unit]:
@@ -248,6 +300,8 @@ class Ledger:
         write_whole(self.fs, self.part_path(record.unit), part, self._path("tmp"))
         self.write(f"commits/{name}", record.to_json())
         self.remove(f"replacing/{name}")
+        if record.growth == self.plan.growth.number:
+            self.outdated().pop(record.unit, None)
 
     def replacement(self, unit: int) -> CommitRecord | None:
         """The new record of a unit whose replacement was cut short after its part was written."""
@@ -319,9 +373,6 @@ class Ledger:
 
     def remove(self, name: str) -> None:
         self.fs.rm_file(self._path(name))
-
-    def _open(self, name: str) -> PatientFile:
-        return PatientFile(self.fs, self._path(name), cache_type="none")
 
     def _path(self, name: str) -> str:
         return f"{self.root}/_vl01/{name}"

@@ -101,6 +101,20 @@ class AddressList:
             members = tuple(_member(record, repeated, seen) for record in group)
             yield Group(group[0].offset, members)
 
+    def new(self, known: Collection[str], rows: int) -> Iterator[Group]:
+        """The rows with other members than the known ones, at most so many at a time."""
+        offset, members = 0, []
+        for group in self.groups(1):
+            is_new = group.members[0] not in known
+            if members and (not is_new or len(members) == rows):
+                yield Group(offset, tuple(members))
+                members = []
+            if is_new:
+                offset = offset if members else group.offset
+                members += group.members
+        if members:
+            yield Group(offset, tuple(members))
+
     def values(self, group: Group) -> list[dict[str, Any]]:
         """By column, for each row of a group; none where the list was changed since."""
         found = list(islice(self._records(group.offset), len(group.members)))

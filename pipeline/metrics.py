@@ -9,7 +9,7 @@ import time
 from ray.util.metrics import Counter, Gauge
 
 from model.engine.engine import Engine, EngineStatistics
-from schemas.ledger import CommitRecord
+from schemas.ledger import Work
 
 _SECONDS_BETWEEN = 2.0  # two looks at an engine; Prometheus comes by more seldom
 
@@ -29,12 +29,12 @@ class RunMetrics:
         for metric in (self._units_left, self._units_begun):
             metric.set_default_tags(tag)
 
-    def committed(self, record: CommitRecord) -> None:
-        for status, count in record.statuses.items():
+    def committed(self, work: Work) -> None:
+        for status, count in work.statuses.items():
             self._rows.inc(count, {"status": status})
-        for reason, count in record.reasons.items():
+        for reason, count in work.reasons.items():
             self._reasons.inc(count, {"reason": reason})
-        for kind, count in (("prompt", record.prompt_tokens), ("output", record.output_tokens)):
+        for kind, count in (("prompt", work.prompt_tokens), ("output", work.output_tokens)):
             if count:  # a counter refuses to be raised by nothing
                 self._tokens.inc(count, {"kind": kind})
 

@@ -6,18 +6,22 @@ One pass, in the order of the names. Opens nothing but lists and the footers of 
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.columns import KeptColumns, find_column, no_column
-from pipeline.lists import AddressList
+from pipeline.lists import AddressList, Group
 from pipeline.sources import Source, kind_of
 from pipeline.storage import PatientFile, SourceFile
 from schemas.errors import ConfigError
+from schemas.job import Job
 from schemas.ledger import PLAN, Unit, UnitKind
 
 _FOOTER_THREADS = 32
@@ -91,21 +95,46 @@ class Plan:
         image_column: str | None = None,
         keep: tuple[str, ...] = (),
         uri_column: str | None = None,
+        settle_seconds: float | None = None,
+        kept: pa.Schema | None = None,
     ) -> None:
+        """settle_seconds: files written more recently are left out. kept: the schema of the kept
+        columns of a plan that this one adds to."""
         self._source = source
         self._unit_rows = unit_rows
         self._image_column = image_column
         self._uri_column = uri_column
-        self._kept = KeptColumns(keep)
+        self._settle_seconds = settle_seconds
+        self._kept = KeptColumns(keep, kept)
         self._problem: str | None = None  # of the first file that has one
-        self._usable = False
+        self._usable = kept is not None
 
-    def units(self) -> Iterator[Unit]:
-        """Streams them; a Parquet file that cannot be used is a unit too, of one failed row.
+    @classmethod
+    def of(cls, job: Job, source: Source, kept: pa.Schema | None = None) -> "Plan":
+        """The plan that a job asks for."""
+        settle_seconds = job.settle_seconds if job.grow else None
+        columns = job.image_column, job.keep, job.uri_column
+        return cls(source, job.unit_rows, *columns, settle_seconds, kept)
+
+    def files(self) -> Iterator[SourceFile]:
+        """What the source lists, but for files that are perhaps not whole yet."""
+        return filter(self.is_settled, self._source.files())
+
+    def is_settled(self, file: SourceFile) -> bool:
+        """Whether nobody seems to be writing it any more, as far as this plan must know."""
+        if self._settle_seconds is None or file.modified is None:
+            return True
+        # Another machine's clock may be ahead of ours, but a time far ahead is just wrong.
+        return abs(time.time() - file.modified) >= self._settle_seconds
+
+    def units(self, files: Iterable[SourceFile] | None = None, first: int = 0) -> Iterator[Unit]:
+        """Streams the units of `files` (default: all there are), numbered from `first`. A Parquet
+        file that cannot be used is a unit too, of one failed row.
 
         Raises ConfigError when nothing at all can be used, or a column cannot be kept.
         """
-        for number, slice_ in enumerate(self._slices()):
+        slices = self._slices(self.files() if files is None else files)
+        for number, slice_ in enumerate(slices, first):
             yield Unit(number, *slice_)
         if not self._usable and self._problem:
             raise ConfigError(self._problem)
@@ -114,12 +143,12 @@ class Plan:
         """The columns to carry over; known once `units` has run out. Raises ConfigError."""
         return self._kept.schema()
 
-    def _slices(self) -> Iterator[_Slice]:
+    def _slices(self, files: Iterable[SourceFile]) -> Iterator[_Slice]:
         images: list[str] = []
         documents = _Documents()
         parquets: list[str] = []
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-            for file in self._source.files():
+            for file in files:
                 name, kind = file.name, kind_of(file.name)
                 if kind is UnitKind.PARQUET:
                     parquets.append(name)
@@ -146,6 +175,13 @@ class Plan:
             yield from self._parquet_slices(pool, parquets)
 
     def _list_slices(self, name: str) -> Iterator[_Slice]:
+        with self._open_list(name) as addresses:
+            for group in addresses.groups(self._unit_rows):
+                yield _list_slice(name, group)
+                self._usable = True
+
+    @contextmanager
+    def _open_list(self, name: str) -> Iterator[AddressList]:
         address = self._source.full_address(name)
         try:
             file = PatientFile(self._source.fs, self._source.path(name))
@@ -153,10 +189,7 @@ class Plan:
             raise ConfigError(f"cannot read {address}: {error}") from error
         with file:
             addresses = AddressList(file, address, self._uri_column, self._kept.keep)
-            for group in addresses.groups(self._unit_rows):
-                members = group.members
-                yield _Slice(UnitKind.LIST, (name, *members), group.offset, len(members))
-                self._usable = True
+            yield addresses
         kept = sorted(addresses.kept)
         self._kept.add(pa.schema([(column, pa.string()) for column in kept]), address)
         self._problem = self._problem or f"{address} holds no address"
@@ -175,6 +208,43 @@ class Plan:
             for first_row, rows in cut(footer.group_rows, self._unit_rows):
                 yield _Slice(UnitKind.PARQUET, (name,), first_row, rows)
 
+    def again(self, units: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
+        """What has become of the units that one file was cut into, now that it is another: those
+        that are to be done again, as they are now, and new ones, which have no number yet (-1).
+        """
+        name = units[0].names[0]
+        again = self._list_again if units[0].kind is UnitKind.LIST else self._parquet_again
+        return again(name, units)
+
+    def _list_again(self, name: str, units: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
+        """Addresses that were not in the list before are new; the others are not asked again."""
+        known = {member for unit in units for member in unit.names[1:]}
+        with self._open_list(name) as addresses:
+            new = [_list_slice(name, group) for group in addresses.new(known, self._unit_rows)]
+        return [], [Unit(-1, *slice_) for slice_ in new]
+
+    def _parquet_again(self, name: str, units: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
+        """Units keep to their range of rows, so that no row is ever in two."""
+        footer = self._footer(name)
+        if footer.schema is not None:
+            self._kept.add(footer.schema, name)
+        if footer.problem:  # a row in the first unit says so
+            rows = [None, *[0] * (len(units) - 1)]
+            return [replace(unit, rows=n) for unit, n in zip(units, rows, strict=True)], []
+        last = units[-1]
+        ends = [unit.first_row for unit in units[1:]]
+        ends.append(last.first_row + (last.rows or self._unit_rows))
+        in_all = sum(footer.group_rows)
+        again = [
+            replace(unit, rows=max(0, min(end, in_all) - unit.first_row))
+            for unit, end in zip(units, ends, strict=True)
+        ]
+        beyond = cut(_beyond(footer.group_rows, ends[-1]), self._unit_rows)
+        new = [
+            Unit(-1, UnitKind.PARQUET, (name,), ends[-1] + first, rows) for first, rows in beyond
+        ]
+        return again, new
+
     def _footer(self, name: str) -> _Footer:
         try:
             with PatientFile(self._source.fs, self._source.path(name), cache_type="none") as file:
@@ -189,6 +259,10 @@ class Plan:
             return _Footer(schema, [], "holds no rows")
         groups = range(metadata.num_row_groups)
         return _Footer(schema, [metadata.row_group(group).num_rows for group in groups])
+
+
+def _list_slice(name: str, group: Group) -> _Slice:
+    return _Slice(UnitKind.LIST, (name, *group.members), group.offset, len(group.members))
 
 
 def cut(group_rows: list[int], unit_rows: int) -> Iterator[tuple[int, int]]:
@@ -207,6 +281,15 @@ def cut(group_rows: list[int], unit_rows: int) -> Iterator[tuple[int, int]]:
             first, rows = first + rows, 0
     if rows:
         yield first, rows
+
+
+def _beyond(group_rows: list[int], row: int) -> list[int]:
+    """The row groups from a row on; the one it lies in is cut."""
+    left = []
+    for rows in group_rows:
+        left.append(rows - min(rows, row))
+        row -= min(rows, row)
+    return left
 
 
 def row_id(name: str, member: str | None = None, page: int | None = None) -> str:

@@ -3,22 +3,17 @@
 Decides which of two outcomes of a row stays. Which rows are done again is for retry.py.
 """
 
-import hashlib
-import io
 from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.commit import Committer
-from pipeline.finish import finish
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.plan import row_id, units_of
-from schemas.errors import LedgerError
-from schemas.ledger import CommitRecord, Unit
+from schemas.ledger import Unit, Work
 from schemas.rows import OUTPUT, Status
 
 _VALUE = {Status.FAILED: 0, Status.INVALID: 1, Status.TRUNCATED: 2, Status.OK: 3}
@@ -71,28 +66,18 @@ class Replacer(Committer):
             seconds=seconds,
         )
 
-    def _commit(self, unit: int, generated: pa.Table) -> CommitRecord:
-        record = self._ledger.record(unit)
-        old = self._old(record)
-        merged = merge(old, finish(generated), self._units[unit], self._ledger.kept.names)
+    def _is_done(self, unit: int) -> bool:
+        return bool(self._done[unit])
+
+    def _commit(self, unit: int, rows: pa.Table) -> Work:
+        record, work = self._ledger.record(unit), self._work(rows)
+        old = self.old_rows(record)
+        merged = merge(old, rows, self._units[unit], self._ledger.kept.names)
         if not merged.equals(old):
-            record = self._write(unit, merged, self._ledger.replace)
+            self._replace(record, merged, work, record.growth)
         self._count(self._units[unit], old, merged)
         self._done[unit] = True
-        return record
-
-    def _old(self, record: CommitRecord) -> pa.Table:
-        """The part of a record. Raises LedgerError when it is not what was committed."""
-        try:
-            data = self._ledger.read_part(record.unit)
-        except Exception as error:  # storage clients raise far more than OSError
-            raise LedgerError(f"cannot read {record.part}: {error}") from error
-        if hashlib.sha256(data).hexdigest() != record.sha256:
-            raise LedgerError(
-                f"{record.part} of {self._ledger.output} is not what was committed; "
-                "vl01 verify --deep tells what else is wrong"
-            )
-        return rows_of(data)
+        return work
 
     def _count(self, unit: Unit, old: pa.Table, merged: pa.Table) -> None:
         known = set(old["row_id"].to_pylist())
@@ -150,8 +135,3 @@ def stand_ins(unit: Unit) -> frozenset[str]:
 def _vanished(unit: Unit, known: set[str]) -> set[str]:
     """What may come of documents whose pages are known: they could be opened before."""
     return {row_id(name) for name in unit.names if row_id(name, None, 1) in known}
-
-
-def rows_of(part: bytes) -> pa.Table:
-    """OUTPUT rows with the kept columns."""
-    return pq.read_table(io.BytesIO(part)).replace_schema_metadata(None)

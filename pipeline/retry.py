@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from model.weights.checkpoint import checkpoint_revision
+from pipeline.commit import rows_of
 from pipeline.documents import write_documents
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
@@ -19,7 +20,7 @@ from pipeline.model import open_model
 from pipeline.plan import plan_table, units_of
 from pipeline.progress import Progress
 from pipeline.read import read_settings
-from pipeline.replacer import Replacer, RetrySummary, rows_of, stand_ins
+from pipeline.replacer import Replacer, RetrySummary, stand_ins
 from pipeline.run import work
 from pipeline.sources import open_source
 from pipeline.stop import Stop
@@ -83,9 +84,9 @@ def retry(job: Job, choice: Choice) -> RetrySummary:
         if pending.num_rows:
             progress.start(pending.num_rows, "starting Ray, loading the model, doing rows again")
             read = replace(read, kept=ledger.kept)
-            # Without a record of the run: commit records tell of whole units, and a pace reckoned
-            # from them would be far above that of the few rows that are done here.
-            work(job, model, read, pending, replacer, Tally(progress), stop)
+            tally = Tally(progress, "retry")
+            with tally.recorded(ledger, lease.run):
+                work(job, model, read, pending, replacer, tally, stop)
         if replacer.left:
             raise EngineError(
                 f"{replacer.left:,} of {pending.num_rows:,} units are not done again; the same"

@@ -35,7 +35,7 @@ from pipeline.sources import Source, open_source
 from pipeline.stop import Stop
 from pipeline.tally import Tally
 from schemas.job import Job
-from schemas.ledger import PLAN, UnitKind
+from schemas.ledger import PLAN, Growth, UnitKind
 from schemas.report import Summary
 
 PREPARE_ROWS = 8
@@ -54,9 +54,10 @@ def run(job: Job) -> Summary:
     ledger = Ledger(job.output, job.endpoint_url)
     ledger.prepare()
     with Stop(job.grace_seconds) as stop, Lease(ledger) as lease, Progress() as progress:
-        pending = plan_or_resume(job, source, ledger, lease)
-        committer = Committer(ledger, lease)
         tally = Tally(progress)
+        tally.growth = plan_or_resume(job, source, ledger, lease)
+        committer = Committer(ledger, lease)
+        pending = committer.add_empty(pa.concat_tables([PLAN.empty_table(), *ledger.pending()]))
         if pending.num_rows:
             progress.start(
                 pending.num_rows, "starting Ray, loading the model, computing the first answers"
@@ -86,20 +87,21 @@ def work(
         for rows in stop.relay(flow.generated(pending), committer.incomplete):
             tally.generated(rows)
             with tally.committing():
-                records = committer.add(rows)
-            tally.committed(records, begun=len(committer.incomplete()))
+                works = committer.add(rows)
+            tally.committed(works, begun=len(committer.incomplete()))
             tally.check_failures(job.max_failure_rate)
     tally.check_stopped(stop.asked)
 
 
-def plan_or_resume(job: Job, source: Source, ledger: Ledger, lease: Lease) -> pa.Table:
-    """The units still to do, in the PLAN schema. Raises ConfigError if OUT holds another job."""
+def plan_or_resume(job: Job, source: Source, ledger: Ledger, lease: Lease) -> Growth | None:
+    """Opens the plan; what it grew by if the job says so and there was one already. Raises
+    ConfigError if OUT holds another job."""
     fingerprint = job.fingerprint(checkpoint_revision(job.model))
-    if not ledger.resume(fingerprint):
-        plan = Plan(source, job.unit_rows, job.image_column, job.keep, job.uri_column)
-        ledger.create(job, fingerprint, plan, lease.run)
+    planned = ledger.resume(fingerprint)
+    if not planned:
+        ledger.create(job, fingerprint, Plan.of(job, source), lease.run)
     ledger.clean_up()
-    return pa.concat_tables([PLAN.empty_table(), *ledger.pending()])
+    return ledger.grow(job, source) if planned and job.grow else None
 
 
 def has_documents(units: pa.Table) -> bool:

@@ -37,7 +37,8 @@ class Pace:
 class Status:
     """What `status` found.
 
-    planned_units: None while the first run still lists the source. records: how many were read of
+    planned_units: None while the first run still lists the source. outdated_units: committed, with
+    files that changed since and are to be done again. records: how many were read of
     committed_units; rows, statuses and reasons are scaled up from them when they are fewer.
     last_commit: of the newest record, in UTC. alive: whether the holder's run seems to go on.
     """
@@ -45,6 +46,7 @@ class Status:
     output: str
     planned_units: int | None
     committed_units: int
+    outdated_units: int
     records: int
     rows: int
     statuses: dict[str, int]
@@ -60,7 +62,7 @@ class Status:
 
     @property
     def pending_units(self) -> int:
-        return (self.planned_units or 0) - self.committed_units
+        return (self.planned_units or 0) - self.committed_units + self.outdated_units
 
     @property
     def seconds_left(self) -> float | None:
@@ -87,6 +89,7 @@ def status(output: str, endpoint_url: str | None = None) -> Status:
         output=ledger.output,
         planned_units=ledger.totals.units if planned else None,
         committed_units=len(done),
+        outdated_units=len(ledger.outdated()) if planned else 0,
         records=len(sample),
         rows=round(sum(record.rows for record in sample) * scale),
         statuses=_scaled((record.statuses for record in sample), scale),
@@ -121,22 +124,22 @@ def _scaled(counts: Iterable[dict[str, int]], scale: float) -> dict[str, int]:
 
 def _pace(records: Sequence[CommitRecord], now: datetime | None) -> Pace | None:
     """Of the run that committed last; the first of the commits in the window only starts it."""
-    timed = sorted((_time(record), record.unit, record) for record in records)
+    timed = sorted((_time(record), record.unit, record.history()[-1]) for record in records)
     if not timed:
         return None
     run = timed[-1][2].run
     end = now or timed[-1][0]
     recent = [
-        (at, record)
-        for at, _, record in timed
-        if record.run == run and (end - at).total_seconds() <= WINDOW_S
+        (at, work)
+        for at, _, work in timed
+        if work.run == run and (end - at).total_seconds() <= WINDOW_S
     ]
     if len(recent) < 2:
         return None
     seconds = (end - recent[0][0]).total_seconds()
     if seconds <= 0:
         return None
-    rows = sum(record.rows for _, record in recent[1:])
+    rows = sum(work.rows for _, work in recent[1:])
     return Pace(rows / seconds, (len(recent) - 1) / seconds, seconds)
 
 

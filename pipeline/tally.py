@@ -12,8 +12,8 @@ from pipeline.ledger import Ledger, now
 from pipeline.metrics import RunMetrics
 from pipeline.progress import Progress
 from schemas.errors import EngineError, StoppedError
-from schemas.ledger import CommitRecord
-from schemas.report import Hardware, RunRecord, Summary
+from schemas.ledger import Growth, Work
+from schemas.report import Hardware, RunKind, RunRecord, Summary
 
 FAILURES_COUNT_AFTER = 200  # rows: fewer say little about the rest
 _TIMED_BY_ROW = ("read", "prepare", "generate")
@@ -22,8 +22,10 @@ _TIMED_BY_ROW = ("read", "prepare", "generate")
 class Tally:
     """One run's counts: what left the replicas, and what was committed of it."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, what: RunKind = "run") -> None:
         self._progress = progress
+        self._what: RunKind = what
+        self.growth: Growth | None = None  # what the plan grew by, if it was to
         self.hardware: Hardware | None = None  # known once Ray has started
         self.metrics: RunMetrics | None = None  # likewise
         self._started_at = now()
@@ -56,15 +58,15 @@ class Tally:
         yield
         self._stage_seconds["commit"] += time.monotonic() - started
 
-    def committed(self, records: Iterable[CommitRecord], begun: int) -> None:
+    def committed(self, works: Iterable[Work], begun: int) -> None:
         """begun: units that are computed in part."""
-        for record in records:
+        for work in works:
             if self.metrics:
-                self.metrics.committed(record)
-            self._rows.update(record.statuses)
-            self._reasons.update(record.reasons)
-            self._prompt_tokens += record.prompt_tokens
-            self._output_tokens += record.output_tokens
+                self.metrics.committed(work)
+            self._rows.update(work.statuses)
+            self._reasons.update(work.reasons)
+            self._prompt_tokens += work.prompt_tokens
+            self._output_tokens += work.output_tokens
             self._progress.committed(1)
         if self.metrics:
             left = self._progress.pending_units - self._progress.committed_units
@@ -104,6 +106,7 @@ class Tally:
     def _record(self, run: str) -> RunRecord:
         return RunRecord(
             run=run,
+            what=self._what,
             started_at=self._started_at,
             finished_at=now(),
             seconds=time.monotonic() - self._started,
@@ -116,9 +119,8 @@ class Tally:
 
     def summary(self, ledger: Ledger, committer: Committer, strict: bool) -> Summary:
         """Raises EngineError when units are left: rows of them went missing on the way."""
-        committed = int(ledger.committed().sum())
         planned = ledger.totals.units
-        if left := planned - committed:
+        if left := planned - int(ledger.committed().sum()) + len(ledger.outdated()):
             raise EngineError(
                 f"{left:,} of {planned:,} units are not done, {len(committer.incomplete()):,} of"
                 " them in part. What is committed stays; the same command does the rest."
@@ -133,6 +135,7 @@ class Tally:
             output_tokens=self._output_tokens,
             seconds=time.monotonic() - self._started,
             stage_seconds=self._stage_seconds,
+            growth=self.growth,
             failed_in_all=ledger.failed_rows() if strict else None,
         )
 

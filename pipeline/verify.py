@@ -4,7 +4,7 @@ import hashlib
 import io
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,8 @@ _MOST_PROBLEMS = 100  # told one by one
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. A pending unit has no record: the run is not finished.
+    """What `verify` found. A pending unit has no record: the run is not finished. Nor is it when
+    committed units are outdated: some of their files changed and are to be done again.
 
     rows, statuses, reasons: of the committed units, as their records say. missing_rows: planned
     in committed units and not in their parts. doubled_rows: ids that come more than once.
@@ -36,6 +37,7 @@ class Verification:
     output: str
     planned_units: int
     committed_units: int
+    outdated_units: int
     rows: int
     statuses: dict[str, int]
     reasons: dict[str, int]
@@ -52,7 +54,7 @@ class Verification:
     @property
     def ok(self) -> bool:
         """Every planned row is there once."""
-        return not (self.pending_units or self.problems)
+        return not (self.pending_units or self.outdated_units or self.problems)
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def verify(output: str, endpoint_url: str | None = None, deep: bool = False) -> 
         output=ledger.output,
         planned_units=len(done),
         committed_units=int(done.sum()),
+        outdated_units=len(ledger.outdated()),
         rows=sum(statuses.values()),
         statuses=dict(statuses),
         reasons=dict(reasons),
@@ -131,16 +134,17 @@ class _Problems:
 
 
 def _check_all(ledger: Ledger, done: np.ndarray, deep: bool) -> Iterator[_Checked]:
+    outdated = ledger.outdated()
     with ThreadPoolExecutor(_THREADS) as pool:
         for table in ledger.planned():
             committed = [unit for unit in units_of(table) if done[unit.number]]
             for i in range(0, len(committed), _AHEAD):  # `map` does not wait for its reader
                 yield from pool.map(
-                    lambda unit: _check(ledger, unit, deep), committed[i : i + _AHEAD]
+                    lambda unit: _check(ledger, unit, deep, outdated), committed[i : i + _AHEAD]
                 )
 
 
-def _check(ledger: Ledger, unit: Unit, deep: bool) -> _Checked:
+def _check(ledger: Ledger, unit: Unit, deep: bool, outdated: Collection[int]) -> _Checked:
     record = None
     try:
         record = ledger.record(unit.number)
@@ -148,12 +152,15 @@ def _check(ledger: Ledger, unit: Unit, deep: bool) -> _Checked:
     except Exception as error:  # missing, cut, unreadable: of many classes
         missing = unit.rows or (record.rows if record else 0)
         return _Checked(unit.number, record, b"", missing, " ".join(str(error).split()))
-    planned = planned_row_ids(unit)
-    absent = len(set(planned) - set(ids)) if planned else max(0, record.rows - len(ids))
-    foreign = len(set(ids) - set(planned)) if planned else max(0, len(ids) - record.rows)
+    planned = None if unit.number in outdated else planned_row_ids(unit)
+    if planned is None:
+        expected, absent = record.rows, max(0, record.rows - len(ids))
+        foreign = max(0, len(ids) - record.rows)
+    else:
+        expected = len(planned)
+        absent, foreign = len(set(planned) - set(ids)), len(set(ids) - set(planned))
     problem = None
     if absent or foreign:
-        expected = len(planned) if planned else record.rows
         problem = (
             f"{record.part} has {len(ids)} rows, expected {expected}: "
             f"{absent} missing, {foreign} that were not planned"

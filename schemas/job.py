@@ -70,6 +70,12 @@ class Job(BaseModel):
     unit_rows: Positive = Field(
         256, description="rows committed together, where a source can be cut"
     )
+    grow: bool = Field(
+        False, description="list the source again, and do what is new or changed in it"
+    )
+    settle_seconds: float = Field(
+        30.0, ge=0, description="with --grow: files written more recently wait for the next run"
+    )
     max_pixels: Positive = Field(100_000_000, description="larger images become failed rows")
     max_bytes: Positive = Field(256 * 1024**2, description="larger files become failed rows")
     decode_seconds: float = Field(30.0, gt=0, description="longest time to decode one image")
@@ -184,6 +190,8 @@ WHERE_AND_HOW_FAST = {
     "host_requests",
     "host_rate",
     "prepare_workers",
+    "grow",
+    "settle_seconds",
     "address",
     "endpoint_url",
     "strict",

@@ -1,4 +1,4 @@
-"""What is written under OUT/_vl01: the plan's units and the record of a committed unit."""
+"""What is written under OUT/_vl01: the plan's units and growths, the record of a committed unit."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -40,6 +40,11 @@ class Unit:
     only: frozenset[str] | None = None
     but: frozenset[str] = frozenset()
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those of the names that are names of files of the source."""
+        return self.names[:1] if self.kind is UnitKind.LIST else self.names
+
     def wants(self, row_id: str) -> bool:
         return (self.only is None or row_id in self.only) and row_id not in self.but
 
@@ -55,15 +60,72 @@ PLAN = pa.schema(
 )
 
 
+# What the source held when it was listed last. state: a digest of a file's size and stamp.
+FILES = pa.schema([("name", pa.string()), ("state", pa.int64())])
+
 # Of a retry: the rows of the planned units that are done again.
 RETRY_PLAN = pa.schema([*PLAN, ("only", pa.list_(pa.string())), ("but", pa.list_(pa.string()))])
+
+
+@dataclass(frozen=True)
+class PlanTotals:
+    """rows: of the units that could be counted; the others are read to be counted."""
+
+    units: int
+    rows: int
+    uncounted_units: int
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a source that grows had become when it was listed again.
+
+    number: 1 for the first; 0 stands for the plan before. totals: of the plan with it. settled:
+    changes up to this growth were all done when it was found. Files that are gone keep their rows;
+    waiting ones were written too recently to be whole for sure, and are left for the next time.
+    """
+
+    number: int
+    totals: PlanTotals
+    settled: int = 0
+    new_files: int = 0
+    changed_files: int = 0
+    gone_files: int = 0
+    waiting_files: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: str | bytes) -> "Growth":
+        values: dict[str, Any] = json.loads(data)
+        values["totals"] = PlanTotals(**values["totals"])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The rows of a unit that one run did, by what came out, and when it committed them."""
+
+    run: str
+    at: str
+    statuses: dict[str, int]
+    reasons: dict[str, int]
+    prompt_tokens: int
+    output_tokens: int
+
+    @property
+    def rows(self) -> int:
+        return sum(self.statuses.values())
 
 
 @dataclass(frozen=True)
 class CommitRecord:
     """Proof that a unit is done: its part counts if, and only if, this record is there.
 
-    statuses and reasons count the part's rows; tokens sums prompt and output tokens.
+    statuses and reasons count the part's rows; tokens sums prompt and output tokens. growth: the
+    newest growth of the plan that the part knows. works: of every run that put rows there; empty
+    when there was only one, which the record itself tells of.
     """
 
     unit: int
@@ -77,6 +139,20 @@ class CommitRecord:
     output_tokens: int = 0
     run: str = ""
     committed_at: str = ""
+    growth: int = 0
+    works: tuple[Work, ...] = ()
+
+    def history(self) -> tuple[Work, ...]:
+        """What each run did for this unit, the first one first."""
+        only = Work(
+            self.run,
+            self.committed_at,
+            self.statuses,
+            self.reasons,
+            self.prompt_tokens,
+            self.output_tokens,
+        )
+        return self.works or (only,)
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
@@ -86,6 +162,7 @@ class CommitRecord:
         """Raises LedgerError, naming `where`, for a damaged record or one of another version."""
         try:
             values: dict[str, Any] = json.loads(data)
+            values["works"] = tuple(Work(**work) for work in values.get("works", ()))
             return cls(**values)
         except (ValueError, TypeError) as error:
             raise LedgerError(f"{where} is not a commit record: {error}") from error

@@ -2,8 +2,12 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 from schemas.errors import LedgerError
+from schemas.ledger import Growth
+
+RunKind = Literal["run", "retry"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Summary:
     output_tokens: int = 0
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    growth: Growth | None = None  # what the plan grew by, where the job says so
     failed_in_all: int | None = None  # failed rows of every run; counted for a strict job only
 
 
@@ -45,7 +50,8 @@ class Hardware:
 class RunRecord:
     """_vl01/runs/<run>.json: what one run did, also one that was stopped before its end.
 
-    A run that was killed leaves none; its commit records still tell what it committed and when.
+    rows: those it did, by what came out; a retry may have left an older answer in their place. A
+    run that was killed leaves no record; the commit records still tell what it committed and when.
     """
 
     run: str
@@ -57,6 +63,7 @@ class RunRecord:
     output_tokens: int
     stage_seconds: dict[str, float]
     hardware: Hardware | None = None
+    what: RunKind = "run"
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
@@ -107,6 +114,7 @@ class RunFigures:
     output_tokens: int
     stage_seconds: dict[str, float] = field(default_factory=dict)
     hardware: Hardware | None = None
+    what: RunKind = "run"
 
 
 @dataclass(frozen=True)
@@ -147,12 +155,16 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Report:
-    """_vl01/report.json. rows_planned: of the units that could be counted before reading them."""
+    """_vl01/report.json. units_outdated: committed, but with files that changed since and are to be
+    done again. rows_planned: of the units that could be counted before reading them.
+    rows_per_second: of all rows that runs did, also those they did again.
+    """
 
     output: str
     made_at: str
     units_planned: int
     units_committed: int
+    units_outdated: int
     rows_planned: int
     rows: int
     statuses: dict[str, int]

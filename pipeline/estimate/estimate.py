@@ -59,7 +59,7 @@ def estimate(job: Job, assumptions: Assumptions) -> Estimate:
 
 def _planned(source: Source, job: Job) -> Iterator[Unit]:
     """The units of a first run. Raises ConfigError: nothing usable, columns that cannot be kept."""
-    plan = Plan(source, job.unit_rows, job.image_column, job.keep, job.uri_column)
+    plan = Plan.of(job, source)
     yield from plan.units()
     plan.kept()
 

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import accumulate
 
@@ -26,32 +27,32 @@ class Timeline:
         self._commits = 0
 
     def add(self, record: CommitRecord) -> None:
-        second = _second(record.committed_at)
-        self._commits += 1
-        self._rows[record.run][second] += record.rows
-        self._tokens[record.run][second] += record.prompt_tokens + record.output_tokens
-        self._prompt[record.run] += record.prompt_tokens
-        self._output[record.run] += record.output_tokens
+        for work in record.history():
+            second = _second(work.at)
+            self._commits += 1
+            self._rows[work.run][second] += work.rows
+            self._tokens[work.run][second] += work.prompt_tokens + work.output_tokens
+            self._prompt[work.run] += work.prompt_tokens
+            self._output[work.run] += work.output_tokens
 
     def runs(self, records: dict[str, RunRecord]) -> list[RunFigures]:
-        """Every run that committed something, the first one first."""
-        return sorted((self._figures(run, records.get(run)) for run in self._rows), key=_start)
+        """Every run that did some rows, the first one first."""
+        did = self._rows.keys() | {run for run, record in records.items() if record.rows}
+        return sorted((self._figures(run, records.get(run)) for run in did), key=_start)
 
     def _figures(self, run: str, record: RunRecord | None) -> RunFigures:
-        first, last = min(self._rows[run]), max(self._rows[run])
+        seconds = sorted(self._rows.get(run, ()))
         if match := _STARTED.match(run):
-            first = min(first, _second(match[1] + "+00:00"))
-        seconds = max(1.0, float(last - first))
-        return RunFigures(
+            seconds = [_second(match[1] + "+00:00"), *seconds]
+        figures = RunFigures(
             run=run,
-            started_at=datetime.fromtimestamp(first, UTC).isoformat(),
-            seconds=round(record.seconds, 1) if record else seconds,
+            started_at=datetime.fromtimestamp(min(seconds), UTC).isoformat(),
+            seconds=max(1.0, float(max(seconds) - min(seconds))),
             rows=self._rows[run].total(),
             prompt_tokens=self._prompt[run],
             output_tokens=self._output[run],
-            stage_seconds=record.stage_seconds if record else {},
-            hardware=record.hardware if record else None,
         )
+        return _recorded(figures, record) if record else figures
 
     def throughput(self, runs: list[RunFigures]) -> Throughput:
         if not runs:
@@ -70,6 +71,26 @@ class Timeline:
             tokens=tuple(tokens.round(2).tolist()),
             run_ends=tuple(ends[:-1]),
         )
+
+
+def _recorded(figures: RunFigures, record: RunRecord) -> RunFigures:
+    """The same with what the run itself told."""
+    figures = replace(
+        figures,
+        seconds=round(record.seconds, 1),
+        stage_seconds=record.stage_seconds,
+        hardware=record.hardware,
+        what=record.what,
+    )
+    if record.what == "run":
+        return figures
+    # Rows that came out no better were done too, but their units have no trace of it.
+    return replace(
+        figures,
+        rows=sum(record.rows.values()),
+        prompt_tokens=record.prompt_tokens,
+        output_tokens=record.output_tokens,
+    )
 
 
 def run_records(ledger: Ledger) -> tuple[dict[str, RunRecord], list[str]]:

@@ -10,6 +10,7 @@ from jobs.cli import main
 from pipeline.verify import Verification
 from schemas.errors import CheckpointError, EngineError, ExitCode
 from schemas.job import KEYS, Job
+from schemas.ledger import Growth, PlanTotals
 from schemas.report import Summary
 
 CAPTION = ["caption", "photos", "--output", "out", "--model", "ckpt"]
@@ -127,7 +128,7 @@ def test_a_job_file_runs_the_same_job_as_the_flags(vl01, flow, tmp_path, monkeyp
     [
         (["caption"], "Missing argument 'SOURCE'"),
         (["caption", "photos", "--output", "out"], "Missing option '--model'"),
-        ([*CAPTION, "--promt", "x"], "No such option: --promt (Possible options: --prompt)"),
+        ([*CAPTION, "--promt", "x"], "No such option: --promt"),
         ([*CAPTION, "--pp", "0"], "--pp is '0'; it should be greater than or equal to 1"),
         ([*CAPTION, "--pp", "two"], "--pp is 'two'; it should be a valid integer"),
         ([*CAPTION, "--dtype", "int4"], "it should be 'auto', 'float32' or 'bfloat16'"),
@@ -210,8 +211,19 @@ def test_a_run_that_finds_nothing_to_do_says_so(vl01, flow):
     assert "nothing was left to do" in out
 
 
+def test_a_run_says_what_its_source_grew_by(vl01, flow):
+    growth = Growth(1, PlanTotals(4, 1055, 0), new_files=1050, changed_files=5, waiting_files=1)
+    flow.answer = Summary("/data/captions", units=4, growth=growth)
+    _, out, _ = vl01(*CAPTION, "--grow")
+    assert "1,050 files new; 5 files changed; 1 files written too recently" in out
+    flow.answer = Summary("/data/captions", units=4, growth=Growth(0, PlanTotals(4, 1000, 0)))
+    _, out, _ = vl01(*CAPTION, "--grow")
+    assert "nothing is new or changed" in out
+
+
 def dataset(**found) -> Verification:
     nothing = {
+        "outdated_units": 0,
         "missing_rows": 0,
         "doubled_rows": 0,
         "unrecorded_parts": (),
@@ -227,6 +239,7 @@ def dataset(**found) -> Verification:
     [
         (dataset(), ExitCode.OK, "every row is there, once"),
         (dataset(committed_units=1), ExitCode.UNACCOUNTED, "not finished: 1 units are to do"),
+        (dataset(outdated_units=3), ExitCode.UNACCOUNTED, "3 units have files that changed since"),
         (dataset(missing_rows=3, problems=("unit 0: cut",)), ExitCode.UNACCOUNTED, "unit 0: cut"),
     ],
 )

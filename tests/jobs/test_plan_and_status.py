@@ -105,7 +105,7 @@ def test_status_says_when_rows_are_scaled_up_and_when_the_run_will_end(capsys):
     holder = Holder("run-1", "node-7", "elsewhere", 42, "", 0.0)
     pace = Pace(rows_per_second=10.0, units_per_second=0.5, seconds=600.0)
     show_status(
-        Status("out", 4000, 3000, 2000, 90_000, {"ok": 90_000}, {}, None, pace, holder, True)
+        Status("out", 4000, 3000, 0, 2000, 90_000, {"ok": 90_000}, {}, None, pace, holder, True)
     )
     shown = capsys.readouterr().out
     assert "3,000 of 4,000 are done (75.0%)" in shown

@@ -16,6 +16,7 @@ from pipeline.sources import open_source
 from schemas.errors import RowError
 from schemas.extraction import Extraction
 from schemas.job import Job
+from schemas.ledger import PLAN
 from schemas.rows import GENERATED, INPUT, with_extraction, with_kept
 
 
@@ -74,11 +75,14 @@ def run(
     ledger = Ledger(job.output, job.endpoint_url)
     ledger.prepare()
     with Lease(ledger) as lease:
-        if not ledger.resume(fingerprint):
-            plan = Plan(source, job.unit_rows, job.image_column, job.keep)
-            ledger.create(job, fingerprint, plan, lease.run)
+        planned = ledger.resume(fingerprint)
+        if not planned:
+            ledger.create(job, fingerprint, Plan.of(job, source), lease.run)
         ledger.clean_up()
+        if planned and job.grow:
+            ledger.grow(job, source)
         committer = Committer(ledger, lease)
+        committer.add_empty(pa.concat_tables([PLAN.empty_table(), *ledger.pending()]))
         settings = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept)
         for rows in order(list(stream(ledger, settings, job.extraction()))):
             committer.add(rows)

@@ -14,6 +14,7 @@ from pipeline.ledger import Ledger
 from pipeline.plan import Plan
 from pipeline.sources import open_source
 from schemas.errors import LedgerError
+from schemas.ledger import CommitRecord
 from schemas.rows import GENERATED, OUTPUT, with_kept
 from tests.pipeline.fake_run import job_of, run, write_images
 
@@ -58,11 +59,18 @@ def texts(tmp_path, unit: int) -> list[str]:
     return pq.read_table(tmp_path / f"out/part-{unit:09}.parquet")["text"].to_pylist()
 
 
+def recorded(tmp_path, unit: int) -> CommitRecord:
+    name = f"out/_vl01/commits/{unit:09}.json"
+    return CommitRecord.from_json((tmp_path / name).read_bytes(), name)
+
+
 def test_a_unit_is_committed_when_its_last_row_came_whatever_the_order(tmp_path, committer):
     assert committer.add(rows(0, 3)) == []
     assert committer.add(pa.concat_tables([rows(1, 0, 2), rows(0, 1, 0)])) == []
     assert committer.incomplete() == {0: 3, 1: 2}
-    (record,) = committer.add(rows(0, 2))
+    (work,) = committer.add(rows(0, 2))
+    record = recorded(tmp_path, 0)
+    assert record.history() == (work,)
     assert (record.unit, record.rows, record.statuses) == (0, 4, {"ok": 4})
     assert (record.prompt_tokens, record.output_tokens) == (40, 8)
     assert texts(tmp_path, 0) == [f"text 0 {i}" for i in range(4)]
@@ -72,17 +80,18 @@ def test_a_unit_is_committed_when_its_last_row_came_whatever_the_order(tmp_path,
 def test_a_batch_that_is_done_twice_gives_its_rows_once(tmp_path, committer):
     committer.add(rows(0, 0, 1))
     committer.add(rows(0, 1, 0, text="again"))
-    (record,) = committer.add(rows(0, 2, 3))
-    assert record.rows == 4
+    (work,) = committer.add(rows(0, 2, 3))
+    assert work.rows == 4
     assert texts(tmp_path, 0) == [f"text 0 {i}" for i in range(4)]
     assert committer.add(rows(0, 0, 1, 2, 3, text="late")) == []
     assert texts(tmp_path, 0) == [f"text 0 {i}" for i in range(4)]
     assert committer.incomplete() == {}
 
 
-def test_several_units_can_become_whole_at_once(committer):
+def test_several_units_can_become_whole_at_once(tmp_path, committer):
     table = pa.concat_tables([rows(unit, 0, 1, 2, 3) for unit in (2, 0, 1)])
-    assert sorted(record.unit for record in committer.add(table)) == [0, 1, 2]
+    assert [work.rows for work in committer.add(table)] == [4, 4, 4]
+    assert [recorded(tmp_path, unit).unit for unit in range(3)] == [0, 1, 2]
 
 
 def test_columns_in_another_order_are_not_mixed_up(tmp_path, committer):

@@ -212,8 +212,8 @@ def test_a_newer_layout_is_not_read_as_this_one(tmp_path):
     write_images(tmp_path / "in", 4)
     run(job_of(tmp_path / "in", tmp_path / "out"))
     path = tmp_path / "out/_vl01/job.json"
-    path.write_text(path.read_text().replace('"layout": 1', '"layout": 2'))
-    with pytest.raises(ConfigError, match="layout 2"):
+    path.write_text(path.read_text().replace('"layout": 2', '"layout": 3'))
+    with pytest.raises(ConfigError, match="layout 3"):
         Ledger(str(tmp_path / "out")).resume()
 
 
@@ -268,7 +268,10 @@ class ManyUnits(Plan):
     def __init__(self) -> None:
         pass
 
-    def units(self):
+    def files(self):
+        return iter([])
+
+    def units(self, files=None, first=0):
         for i in range(100_000):
             yield Unit(i, UnitKind.TAR, (f"shards/shard-{i:07}.tar",))
 

@@ -14,10 +14,11 @@ from model.engine.engine import EngineStatistics, Occupancy
 from pipeline import metrics
 from pipeline.metrics import ReplicaMetrics, RunMetrics
 from pipeline.placement import ray_session
-from schemas.ledger import CommitRecord
+from schemas.ledger import Work
 
-RECORD = CommitRecord(
-    *(0, "part-000000000.parquet", 5, 1000, "sha"),
+WORK = Work(
+    run="run",
+    at="2026-01-01T00:00:00+00:00",
     statuses={"ok": 3, "failed": 2},
     reasons={"decode_error": 2},
     prompt_tokens=700,
@@ -31,8 +32,8 @@ def scraped() -> dict[str, float]:
     """Series at the endpoint of this node, by name and labels, after some were set."""
     with ray_session("local"):
         of_run = RunMetrics("/data/out")
-        of_run.committed(RECORD)
-        of_run.committed(RECORD)
+        of_run.committed(WORK)
+        of_run.committed(WORK)
         of_run.units(left=7, begun=2)
         engine = SimpleNamespace(
             statistics=EngineStatistics(9, prompt_tokens=600, output_tokens=60, preemptions=1),
