@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from model.engine.engine import Engine
 from model.inputs.prompt import PromptTemplate
 from model.inputs.tiling import Pinpoints, choose_layout
 from schemas.requests import Request, Result, Sampling
@@ -19,6 +20,7 @@ from schemas.requests import Request, Result, Sampling
 HOUR = 3600.0
 
 _SIZES = ((160, 120), (300, 700))  # of the images, in pixels: a wide one and a tall one
+_IDS = tuple(f"canary-{number}" for number in range(len(_SIZES)))
 _TOKENS = 12
 
 # Largest difference of a token's log-probability, in nats, that is taken for rounding. In float32
@@ -45,6 +47,10 @@ class CanarySettings:
 class CanaryAnswer:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # of each of them
+
+
+class WrongAnswerError(Exception):
+    """A replica computes what it did not compute before: memory, a link or an update is broken."""
 
 
 class Book(Protocol):
@@ -78,6 +84,15 @@ class Canary:
         self._answers = {}
         return [self._request(number) for number in range(len(_SIZES))]
 
+    def check(self, engine: Engine) -> None:
+        """Asks an engine that has nothing else to do. Raises WrongAnswerError."""
+        for result in engine.generate(self.requests()):
+            self.take(result)
+
+    def complain(self, error: WrongAnswerError) -> None:
+        """To be told to the user: the process that says so is about to end."""
+        self._book.complain(f"{error}; the replica is started again")
+
     def take(self, result: Result) -> bool:
         """Whether a result is one of ours. With the last of them comes the verdict.
 
@@ -101,7 +116,8 @@ class Canary:
         if worst > tolerance:
             raise WrongAnswerError(
                 f"a replica answers a fixed image otherwise than before on {self._settings.kind}: a"
-                f" token's log-probability differs by {worst:.3g}; expected at most {tolerance:g}"
+                f" token's log-probability differs by {worst:.3g}; expected at most {tolerance:g}."
+                " If an update made it so, remove _vl01/canary.json from the output"
             )
 
     def _request(self, number: int) -> Request:
@@ -114,13 +130,6 @@ class Canary:
             image_size=(width, height),
             sampling=Sampling(max_new_tokens=_TOKENS),
         )
-
-
-_IDS = tuple(f"canary-{number}" for number in range(len(_SIZES)))
-
-
-class WrongAnswerError(Exception):
-    """A replica computes what it did not compute before: memory, a link or an update is broken."""
 
 
 def picture(tiles: int, side: int) -> np.ndarray:

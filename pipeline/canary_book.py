@@ -4,6 +4,7 @@ An actor of the run holds it, and the ledger from one run to the next.
 """
 
 import json
+import time
 from typing import Any
 
 import ray
@@ -12,6 +13,7 @@ from pipeline.canary import Answers
 from pipeline.ledger import Ledger
 
 _FILE = "canary.json"
+_SECONDS_BETWEEN = 30.0
 
 
 @ray.remote(num_cpus=0)
@@ -51,12 +53,18 @@ class CanaryBook:
         self._known = _known(ledger)
         self._pages = _Pages.remote(self._known)
         self._heard = 0
+        self._looked = time.monotonic()
 
     def shared(self) -> SharedBook:
         return SharedBook(self._pages)
 
-    def complaints(self) -> list[str]:
-        """Those that were not returned before. Keeps new answers in the ledger."""
+    def complaints(self, at_once: bool = False) -> list[str]:
+        """Those that were not returned before; looks now and then, or `at_once`. What the book
+        holds is kept in the ledger."""
+        now = time.monotonic()
+        if not at_once and now - self._looked < _SECONDS_BETWEEN:
+            return []
+        self._looked = now
         answers, complaints = ray.get(self._pages.read.remote())
         if answers != self._known:
             self._known = answers

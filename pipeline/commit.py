@@ -55,7 +55,7 @@ class Committer:
     """Holds the rows of the units in flight, and no others."""
 
     def __init__(self, ledger: Ledger, lease: Lease) -> None:
-        self._ledger = ledger
+        self.ledger = ledger
         self._lease = lease
         self._schema = _generated_schema(ledger)
         self._metadata = _part_metadata(ledger)
@@ -96,35 +96,35 @@ class Committer:
         return {unit: len(gathered.seen) for unit, gathered in self._gathered.items()}
 
     def _is_done(self, unit: int) -> bool:
-        return bool(self._ledger.committed()[unit]) and unit not in self._ledger.outdated()
+        return bool(self.ledger.committed()[unit]) and unit not in self.ledger.outdated()
 
     def _commit(self, unit: int, rows: pa.Table) -> Work:
         """rows: OUTPUT rows, all of the unit, or those of the files in it that changed."""
         work = self._work(rows)
-        if self._ledger.committed()[unit]:
-            record = self._ledger.record(unit)
-            merged = with_changed_files(self.old_rows(record), rows, self._ledger.outdated()[unit])
+        if self.ledger.committed()[unit]:
+            record = self.ledger.record(unit)
+            merged = with_changed_files(self.old_rows(record), rows, self.ledger.outdated()[unit])
             self._replace(record, merged, work, self._growth)
         else:
-            self._write(unit, rows, [], self._growth, self._ledger.commit)
+            self._write(unit, rows, [], self._growth, self.ledger.commit)
         return work
 
     def old_rows(self, record: CommitRecord) -> pa.Table:
         """The part of a record. Raises LedgerError when it is not what was committed."""
         try:
-            data = self._ledger.read_part(record.unit)
+            data = self.ledger.read_part(record.unit)
         except Exception as error:  # storage clients raise far more than OSError
             raise LedgerError(f"cannot read {record.part}: {error}") from error
         if hashlib.sha256(data).hexdigest() != record.sha256:
             raise LedgerError(
-                f"{record.part} of {self._ledger.output} is not what was committed; "
+                f"{record.part} of {self.ledger.output} is not what was committed; "
                 "vl01 verify --deep tells what else is wrong"
             )
         return rows_of(data)
 
     def _replace(self, old: CommitRecord, rows: pa.Table, work: Work, growth: int) -> None:
         works = [*old.history(), work]
-        self._write(old.unit, rows, works, growth, self._ledger.replace)
+        self._write(old.unit, rows, works, growth, self.ledger.replace)
 
     def _work(self, rows: pa.Table) -> Work:
         return Work(
@@ -149,7 +149,7 @@ class Committer:
         whole = self._work(rows)
         record = CommitRecord(
             unit=unit,
-            part=self._ledger.part_name(unit),
+            part=self.ledger.part_name(unit),
             rows=rows.num_rows,
             size=len(part),
             sha256=hashlib.sha256(part).hexdigest(),
@@ -168,7 +168,7 @@ class Committer:
         except LedgerError:
             raise
         except Exception as error:  # storage clients raise far more than OSError
-            where = self._ledger.output
+            where = self.ledger.output
             raise LedgerError(f"cannot commit unit {unit} to {where}: {error}") from error
 
 

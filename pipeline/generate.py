@@ -14,6 +14,7 @@ import pyarrow as pa
 from model.engine.config import EngineConfig
 from pipeline.attempts import Attempts, Climb
 from pipeline.batch import Batch
+from pipeline.canary import Book, Canary, CanarySettings
 from pipeline.copies import Columns, Copies
 from pipeline.finish import CUT
 from pipeline.replica import Replica
@@ -29,7 +30,9 @@ _AS_TILED = ("width", "height", "tiles", "image_tokens")
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """dedupe: identical images are computed once; so they are seeded by the image, not the row."""
+    """dedupe: identical images are computed once; so they are seeded by the image, not the row.
+    canary: what the replica is checked by, and the book it is compared with.
+    """
 
     engine: EngineConfig
     sampling: Sampling
@@ -38,6 +41,7 @@ class GenerateSettings:
     extraction: Extraction | None = None
     climb: Climb = field(default_factory=Climb)
     dedupe: bool = False
+    canary: tuple[CanarySettings, Book] | None = None
 
 
 class Generate:
@@ -53,7 +57,8 @@ class Generate:
         if asked:
             schema = with_extraction(schema, asked.arrow_type, asked.confidence_type)
         self.schema = with_kept(schema, settings.kept)
-        self.replica = Replica(settings.engine)
+        canary = Canary(*settings.canary) if settings.canary else None
+        self.replica = Replica(settings.engine, canary)
         self.copies = Copies()
 
     def __call__(self, prepared: pa.Table) -> pa.Table:

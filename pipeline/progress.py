@@ -58,6 +58,10 @@ class Progress:
         if self._live is not None:
             self._live.refresh()  # at once: starting Ray keeps the terminal for some seconds
 
+    def note(self, message: str) -> None:
+        """A line that stays, above the live one."""
+        self._console.print(message, soft_wrap=True, markup=False, highlight=False)
+
     def generated(self, rows: int, failed: int, tokens: int) -> None:
         """Rows came back from the replicas; tokens counts prompts and answers."""
         if self._first_rows is None:

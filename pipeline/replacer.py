@@ -56,9 +56,9 @@ class Replacer(Committer):
 
     def summary(self, seconds: float) -> RetrySummary:
         return RetrySummary(
-            output=self._ledger.output,
+            output=self.ledger.output,
             units=len(self._units),
-            planned_units=self._ledger.totals.units,
+            planned_units=self.ledger.totals.units,
             again=self._again,
             added=self._added,
             rows=dict(self._rows),
@@ -70,9 +70,9 @@ class Replacer(Committer):
         return bool(self._done[unit])
 
     def _commit(self, unit: int, rows: pa.Table) -> Work:
-        record, work = self._ledger.record(unit), self._work(rows)
+        record, work = self.ledger.record(unit), self._work(rows)
         old = self.old_rows(record)
-        merged = merge(old, rows, self._units[unit], self._ledger.kept.names)
+        merged = merge(old, rows, self._units[unit], self.ledger.kept.names)
         if not merged.equals(old):
             self._replace(record, merged, work, record.growth)
         self._count(self._units[unit], old, merged)

@@ -12,6 +12,8 @@ from concurrent.futures import Future
 
 from model.engine.config import EngineConfig
 from model.engine.engine import Engine
+from pipeline.canary import Canary, WrongAnswerError
+from pipeline.metrics import ReplicaMetrics
 from schemas.errors import ConfigError, RowError
 from schemas.requests import Request, Result
 
@@ -28,7 +30,8 @@ class Replica:
     actor again and gives the new one the same batches. (`sys.exit` or raising would fail the job.)
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, canary: Canary | None = None) -> None:
+        self._canary = canary
         self._inbox: queue.SimpleQueue[tuple[Request, Future[Result]]] = queue.SimpleQueue()
         self._waiting: dict[str, Future[Result]] = {}
         self._busy_seconds = 0.0
@@ -56,16 +59,21 @@ class Replica:
     def _run(self, config: EngineConfig) -> None:
         try:
             engine = start_engine(config)
+            if self._canary:
+                self._canary.check(engine)
         except Exception as error:
             self._ready.set_exception(error)
             return
+        metrics = ReplicaMetrics(engine)
         self._ready.set_result(None)
         try:
             while True:
                 self._add_waiting(engine)
-                self._step(engine)
-        except BaseException:
+                metrics.look(self._step(engine), self._inbox.qsize())
+        except BaseException as error:
             logger.exception("the engine broke; this replica is started again")
+            if self._canary and isinstance(error, WrongAnswerError):
+                self._canary.complain(error)
             os._exit(1)
 
     def _add_waiting(self, engine: Engine) -> None:
@@ -82,13 +90,20 @@ class Replica:
             else:
                 self._waiting[request.id] = answer
 
-    def _step(self, engine: Engine) -> None:
+    def _step(self, engine: Engine) -> float:
+        """The seconds it took."""
+        if self._canary and self._canary.due:
+            for request in self._canary.requests():
+                engine.add(request)
         started = time.perf_counter()
         results = engine.step()
+        seconds = time.perf_counter() - started
         with self._lock:
-            self._busy_seconds += time.perf_counter() - started
+            self._busy_seconds += seconds
         for result in results:
-            self._waiting.pop(result.id).set_result(result)
+            if not (self._canary and self._canary.take(result)):
+                self._waiting.pop(result.id).set_result(result)
+        return seconds
 
 
 def start_engine(config: EngineConfig) -> Engine:

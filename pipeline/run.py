@@ -19,6 +19,8 @@ from model.inputs.images import DecodeLimits
 from model.inputs.turning import Turner
 from model.weights.checkpoint import checkpoint_revision
 from pipeline.attempts import Climb
+from pipeline.canary import CanarySettings
+from pipeline.canary_book import CanaryBook, SharedBook
 from pipeline.commit import Committer
 from pipeline.documents import write_documents
 from pipeline.generate import Generate, GenerateSettings
@@ -81,7 +83,8 @@ def work(
     """Sends units through all the stages. Raises StoppedError when it ends before they are done."""
     with ray_session(job.address):
         stop.listen()
-        flow = Flow(job, model, read, place(job, has_documents(pending)))
+        book = CanaryBook(committer.ledger)
+        flow = Flow(job, model, read, place(job, has_documents(pending)), book.shared())
         tally.hardware = flow.place.hardware()
         tally.metrics = RunMetrics(job.output)
         for rows in stop.relay(flow.generated(pending), committer.incomplete):
@@ -89,7 +92,9 @@ def work(
             with tally.committing():
                 works = committer.add(rows)
             tally.committed(works, begun=len(committer.incomplete()))
+            tally.noted(book.complaints())
             tally.check_failures(job.max_failure_rate)
+        tally.noted(book.complaints(at_once=True))
     tally.check_stopped(stop.asked)
 
 
@@ -117,6 +122,7 @@ class Flow:
     model: Model
     read: ReadSettings
     place: Placement
+    book: SharedBook
 
     def generated(self, pending: pa.Table) -> Iterator[pa.Table]:
         """GENERATED rows of the pending units, as they come, in any order."""
@@ -196,4 +202,17 @@ class Flow:
             extraction=job.extraction(),
             climb=Climb(job.ladder, job.retries, turner),
             dedupe=job.dedupe == "exact",
+            canary=(self.canary_settings(engine), self.book),
+        )
+
+    def canary_settings(self, engine: EngineConfig) -> CanarySettings:
+        config, hardware = self.model.config, self.place.hardware()
+        dtype = str(engine.torch_dtype).removeprefix("torch.")
+        return CanarySettings(
+            template=self.model.template,
+            pinpoints=config.pinpoints,
+            tile=config.vision.image_size,
+            patch=config.vision.patch_size,
+            dtype=dtype,
+            kind=" ".join(filter(None, (hardware.device, hardware.gpu, dtype))),
         )

@@ -72,6 +72,11 @@ class Tally:
             left = self._progress.pending_units - self._progress.committed_units
             self.metrics.units(left, begun)
 
+    def noted(self, messages: Iterable[str]) -> None:
+        """Tells the user at once of what is no failure of the run."""
+        for message in messages:
+            self._progress.note(message)
+
     def check_failures(self, most: float) -> None:
         """Raises StoppedError when a larger share than `most` of this run's rows failed."""
         rows, failed = self._progress.rows, self._progress.failed

@@ -12,6 +12,7 @@ from model.nano.random_checkpoint import write_random_checkpoint
 from model.tokenizer import Tokenizer
 from pipeline import canary
 from pipeline.canary import Canary, CanaryAnswer, CanarySettings, WrongAnswerError, difference
+from pipeline.replica import Replica
 
 
 class Notes:
@@ -125,3 +126,12 @@ def test_the_picture_is_the_same_for_ever():
     tiles = canary.picture(3, 56)
     assert (tiles.shape, tiles.dtype.name) == ((3, 56, 56, 3), "uint8")
     assert hashlib.sha256(tiles.tobytes()).hexdigest()[:16] == "0118e97de570161b"
+
+
+def test_a_replica_that_starts_wrong_answers_no_row(checkpoint, settings):
+    book = Notes()
+    book.answers["cpu"] = [{"token_ids": [1], "logprobs": [-9.0]}] * 2
+    replica = Replica(EngineConfig(checkpoint, device="cpu"), Canary(settings, book))
+    (request, _) = Canary(settings, Notes()).requests()
+    with pytest.raises(WrongAnswerError, match="otherwise than before"):
+        replica.submit(replace(request, id="row"))

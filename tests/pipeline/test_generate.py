@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from model.engine.config import EngineConfig
+from model.engine.engine import EngineStatistics, Occupancy
 from pipeline import replica
 from pipeline.attempts import Climb
 from pipeline.finish import finish
@@ -26,6 +27,9 @@ NOTHING_KEPT = pa.schema([])
 
 class FakeEngine:
     """Finishes one request a step, the latest first, so that answers come out of order."""
+
+    statistics = EngineStatistics()
+    occupancy = Occupancy(running=0, slots=0.0, blocks=0.0)
 
     def __init__(self, config: EngineConfig) -> None:
         self.queue: deque[Request] = deque()
