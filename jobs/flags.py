@@ -25,7 +25,7 @@ _PANELS = {
     "max_pixels max_bytes decode_seconds exif_rotate endpoint_url",
     "Documents": "dpi max_pages page_seconds document_seconds documents markdown",
     "Lists of addresses": "allow_host fetch_seconds host_requests host_rate",
-    "Model": "model quantization dtype device chunk_tokens max_sequences cache_gib",
+    "Model": "model quantization dtype device random_weights chunk_tokens max_sequences cache_gib",
     "Prompt and answer": "prompt system schema max_new_tokens temperature top_p seed stop "
     "stop_repetition retries skip_blank dedupe",
     "Cluster": "pp replicas prepare_workers address grace_seconds",

@@ -32,6 +32,8 @@ def summary(result: Summary) -> None:
     facts = {"output": f"{result.output} ({result.units:,} units, all committed)"}
     if result.growth:
         facts["source"] = growth(result.growth)
+    if result.random_weights:
+        facts["weights"] = "random, for measuring only: the texts mean nothing"
     if result.rows:
         facts |= {
             "rows": _counts(result.rows),

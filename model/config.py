@@ -5,10 +5,19 @@ Owns the JSON files of a checkpoint; knows nothing of tensors, so it may be read
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from model.files import Checkpoint, Folder
 from schemas.errors import CheckpointError
+
+CONFIG_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 LayerType = Literal["lightning", "softmax"]
 
@@ -84,15 +93,15 @@ class VL01Config:
     image_std: tuple[float, ...]
 
 
-def load_config(checkpoint: str | Path) -> VL01Config:
+def load_config(checkpoint: Checkpoint) -> VL01Config:
     """Read config.json, preprocessor_config.json and generation_config.json of a checkpoint.
 
     Both the released field names and transformers' own names for them are understood.
     Raises CheckpointError when a file is missing or damaged, when the checkpoint is not VL-01,
     and when it asks for something this implementation does not compute.
     """
-    root = Path(checkpoint)
-    config = _Section(root / "config.json", _read_json(root, "config.json"))
+    root = Folder.at(checkpoint)
+    config = _Section(root.describe("config.json"), _read_json(root, "config.json"))
     if config.get("model_type") != "minimax_vl_01":
         raise CheckpointError(
             f"{config.path} says model_type {config.get('model_type')!r}; expected 'minimax_vl_01'."
@@ -109,9 +118,8 @@ def load_config(checkpoint: str | Path) -> VL01Config:
             f"{config.path} does not fit together: image token {image_token_id} in a vocabulary "
             f"of {text.vocab_size}."
         )
-    preprocessor = _Section(
-        root / "preprocessor_config.json", _read_json(root, "preprocessor_config.json")
-    )
+    name = "preprocessor_config.json"
+    preprocessor = _Section(root.describe(name), _read_json(root, name))
     return VL01Config(
         text=text,
         vision=vision,
@@ -126,7 +134,7 @@ def load_config(checkpoint: str | Path) -> VL01Config:
 class _Section:
     """One JSON object of a checkpoint, whose errors name the file and the key."""
 
-    def __init__(self, path: Path | str, values: dict[str, Any]) -> None:
+    def __init__(self, path: str, values: dict[str, Any]) -> None:
         self.path = path
         self._values = values
 
@@ -157,17 +165,19 @@ class _Section:
         return _Section(f"{self.path}: {name}", values)
 
 
-def _read_json(root: Path, name: str) -> dict[str, Any]:
+def _read_json(root: Folder, name: str) -> dict[str, Any]:
     try:
-        values = json.loads((root / name).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        values = json.loads(root.read(name))
+    except FileNotFoundError:
         raise CheckpointError(
             f"{root} has no {name}. Expected the folder of a MiniMax-VL-01 checkpoint."
         ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{root / name} cannot be read: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{root.describe(name)} is no JSON: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{root / name} holds {type(values).__name__}; expected an object.")
+        raise CheckpointError(
+            f"{root.describe(name)} holds {type(values).__name__}; expected an object."
+        )
     return values
 
 
@@ -228,7 +238,7 @@ def _residual(text: _Section, released: str, transformers: str) -> Residual:
     )
 
 
-def _check_text(config: TextConfig, where: Path | str) -> None:
+def _check_text(config: TextConfig, where: str) -> None:
     problems = {
         f"{config.num_heads} heads over {config.num_kv_heads} key/value heads": (
             config.num_heads % config.num_kv_heads
@@ -267,9 +277,10 @@ def _vision_config(vision: _Section) -> VisionConfig:
     return config
 
 
-def _eos_token_ids(root: Path, config: _Section) -> tuple[int, ...]:
-    if (root / "generation_config.json").exists():
-        generation = _Section("generation_config.json", _read_json(root, "generation_config.json"))
+def _eos_token_ids(root: Folder, config: _Section) -> tuple[int, ...]:
+    name = "generation_config.json"
+    if root.exists(name):
+        generation = _Section(root.describe(name), _read_json(root, name))
         ids = generation.get("eos_token_id")
     else:
         ids = None

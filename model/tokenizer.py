@@ -1,24 +1,26 @@
 """Text <-> token ids by the checkpoint's own tokenizer and chat template. Knows no torch.
 
-Reads local files only and never runs a checkpoint's code; transformers renders the template in a
+Never runs a checkpoint's code; transformers renders the template in a
 sandbox.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from model.config import load_config
+from model.config import TOKENIZER_FILES, load_config
+from model.files import Checkpoint, Folder
 from model.inputs.prompt import PromptTemplate
-from schemas.errors import CheckpointError, ConfigError
+from schemas.errors import CheckpointError, ConfigError, VL01Error
 
 
 class Tokenizer:
     """The tokenizer of one checkpoint; `image_token_id` stands where the image goes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_token_id: int, path: Path) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, image_token_id: int, path: Folder
+    ) -> None:
         self._tokenizer = tokenizer
         self._image_token_id = image_token_id
         self._path = path
@@ -26,17 +28,20 @@ class Tokenizer:
         self._reserved_ids = special | {image_token_id}
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> "Tokenizer":
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> "Tokenizer":
         """Read tokenizer.json, tokenizer_config.json and the chat template beside them.
 
         Raises CheckpointError when one is missing or damaged.
         """
-        path = Path(path)
+        path = Folder.at(checkpoint)
         image_token_id = load_config(path).image_token_id
-        if not (path / "tokenizer.json").is_file():
+        if not path.exists("tokenizer.json"):
             raise CheckpointError(f"{path} has no tokenizer.json; expected the checkpoint's own.")
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+            with path.local_copy(TOKENIZER_FILES) as local:
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(local, local_files_only=True)
+        except VL01Error:
+            raise
         except Exception as error:  # the tokenizers library raises bare Exception
             raise CheckpointError(f"{path}: its tokenizer does not load: {error}") from error
         if not isinstance(tokenizer.chat_template, str):

@@ -217,6 +217,7 @@ def _part_metadata(ledger: Ledger) -> dict[str, str]:
         "vl01.fingerprint": json.dumps(ledger.job["fingerprint"]),
         "vl01.model": ledger.job["job"]["model"],
         "vl01.quantization": ledger.job["job"]["quantization"],
+        "vl01.random_weights": json.dumps(ledger.job["job"]["random_weights"]),
         "vl01.version": ledger.job["versions"]["vl01-batch"],
     }
 

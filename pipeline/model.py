@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 
-from model.config import VL01Config
+from model.config import VL01Config, load_config
 from model.engine.constraint import check_schema
 from model.engine.ranks import layer_spans
+from model.files import Folder
 from model.inputs.prompt import PromptTemplate
 from model.tokenizer import Tokenizer
 from model.weights.checkpoint import check_checkpoint
+from model.weights.revision import checkpoint_revision
 from pipeline.render.settings import PageSettings
+from schemas.errors import ConfigError, EngineError
 from schemas.job import Job
 
 # Address space of the process that renders pages: libraries and a document's own structures, and
@@ -40,9 +43,28 @@ class Model:
 def open_model(job: Job) -> Model:
     """Raises ConfigError: no VL-01 there, more ranks than layers, special tokens in the prompt, a
     schema that answers cannot be held to."""
-    config = check_checkpoint(job.model, quantization=job.quantization)
+    folder = model_folder(job)
+    try:
+        if job.random_weights:
+            config = load_config(folder)
+        else:
+            config = check_checkpoint(folder, quantization=job.quantization)
+        tokenizer = Tokenizer.from_checkpoint(folder)
+    except EngineError as error:  # the storage is out of reach
+        raise ConfigError(str(error)) from error
     layer_spans(config.text.num_layers, job.pp)
     if json_schema := job.sampling().json_schema:
         check_schema(json_schema)
-    template = Tokenizer.from_checkpoint(job.model).prompt_template(job.prompt, job.system)
-    return Model(config, template)
+    return Model(config, tokenizer.prompt_template(job.prompt, job.system))
+
+
+def model_folder(job: Job) -> Folder:
+    return Folder(job.model, job.endpoint_url)
+
+
+def model_revision(job: Job) -> str:
+    """For the job's fingerprint. Raises ConfigError."""
+    try:
+        return checkpoint_revision(model_folder(job), tensors=not job.random_weights)
+    except EngineError as error:
+        raise ConfigError(str(error)) from error

@@ -11,12 +11,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from model.weights.checkpoint import checkpoint_revision
 from pipeline.commit import rows_of
 from pipeline.documents import write_documents
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
-from pipeline.model import open_model
+from pipeline.model import model_revision, open_model
 from pipeline.plan import plan_table, units_of
 from pipeline.progress import Progress
 from pipeline.read import read_settings
@@ -77,7 +76,7 @@ def retry(job: Job, choice: Choice) -> RetrySummary:
     progress = Progress()
     progress.phase = "looking for the rows to do again"
     with Stop(job.grace_seconds) as stop, Lease(ledger) as lease, progress:
-        ledger.resume(job.fingerprint(checkpoint_revision(job.model)))
+        ledger.resume(job.fingerprint(model_revision(job)))
         ledger.clean_up()
         pending = chosen(ledger, choice)
         replacer = Replacer(ledger, lease, pending)

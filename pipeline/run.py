@@ -17,7 +17,6 @@ from ray.data import ActorPoolStrategy
 from model.engine.config import EngineConfig
 from model.inputs.images import DecodeLimits
 from model.inputs.turning import Turner
-from model.weights.checkpoint import checkpoint_revision
 from pipeline.attempts import Climb
 from pipeline.canary import CanarySettings
 from pipeline.canary_book import CanaryBook, SharedBook
@@ -27,7 +26,7 @@ from pipeline.generate import Generate, GenerateSettings
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.metrics import RunMetrics
-from pipeline.model import Model, open_model
+from pipeline.model import Model, model_folder, model_revision, open_model
 from pipeline.placement import Placement, configure_ray_data, place, ray_session
 from pipeline.plan import Plan
 from pipeline.prepare import BLOCK_BYTES, Prepare, PrepareSettings
@@ -101,7 +100,7 @@ def work(
 def plan_or_resume(job: Job, source: Source, ledger: Ledger, lease: Lease) -> Growth | None:
     """Opens the plan; what it grew by if the job says so and there was one already. Raises
     ConfigError if OUT holds another job."""
-    fingerprint = job.fingerprint(checkpoint_revision(job.model))
+    fingerprint = job.fingerprint(model_revision(job))
     planned = ledger.resume(fingerprint)
     if not planned:
         ledger.create(job, fingerprint, Plan.of(job, source), lease.run)
@@ -177,11 +176,12 @@ class Flow:
     def generate_settings(self) -> GenerateSettings:
         job = self.job
         engine = EngineConfig(
-            checkpoint=job.model,
+            checkpoint=model_folder(job),
             ranks=job.pp,
             device=self.place.device,
             dtype=job.dtype,
             quantization=job.quantization,
+            random_weights=job.random_weights,
             threads=self.place.threads,
             chunk_tokens=self.place.chunk_tokens,
             max_sequences=self.place.max_sequences,

@@ -5,50 +5,22 @@ Knows nothing of images, units or ledgers.
 
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import get_protocol
 
-from schemas.errors import ConfigError
+from model import files
+from model.files import is_local as is_local
+from model.files import open_fs as open_fs
 
 T = TypeVar("T")
 
 ATTEMPTS = 4
 FIRST_WAIT_S = 0.5  # doubled after every attempt: 3.5 s in all
-_S3 = ("s3", "s3a")
-
-
-def open_fs(address: str, endpoint_url: str | None = None) -> tuple[AbstractFileSystem, str]:
-    """The file system of an address and the path on it. Raises ConfigError.
-
-    endpoint_url: an S3 server other than AWS's own; other file systems do not look at it.
-    """
-    protocol = get_protocol(address)
-    # Listings are never cached: what other processes write must be seen.
-    options: dict[str, Any] = {"use_listings_cache": False} if protocol in _S3 else {}
-    if protocol in _S3 and endpoint_url:
-        options["endpoint_url"] = endpoint_url
-    try:
-        fs, path = url_to_fs(address, **options)
-    except ImportError as error:
-        extra = " (pip install 'vl01-batch[s3]')" if protocol in _S3 else ""
-        raise ConfigError(f"cannot open {address}: {error}{extra}") from error
-    except ValueError as error:
-        raise ConfigError(f"cannot open {address}: {error}") from error
-    return fs, os.path.normpath(path) if is_local(fs) else path.rstrip("/")
-
-
-def is_local(fs: AbstractFileSystem) -> bool:
-    return isinstance(fs, LocalFileSystem)
 
 
 def full_address(fs: AbstractFileSystem, path: str) -> str:
@@ -207,20 +179,8 @@ def _list_s3(fs: Any, root: str, prefix: str) -> Iterator[SourceFile]:
 
 
 def patiently(operation: Callable[[], T]) -> T:
-    """What `operation` returns, tried again when storage fails. Raises its last error.
-
-    A file that is not there or not ours to read will not be so a second later either.
-    """
-    for attempt in count(1):
-        try:
-            return operation()
-        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
-            raise
-        except Exception:  # storage clients raise far more than OSError
-            if attempt == ATTEMPTS:
-                raise
-            time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
-    raise AssertionError("unreachable")
+    """What `operation` returns, tried again when storage fails. Raises its last error."""
+    return files.patiently(operation, ATTEMPTS, FIRST_WAIT_S)
 
 
 class PatientFile:

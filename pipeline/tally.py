@@ -142,6 +142,7 @@ class Tally:
             stage_seconds=self._stage_seconds,
             growth=self.growth,
             failed_in_all=ledger.failed_rows() if strict else None,
+            random_weights=ledger.job["job"]["random_weights"],
         )
 
 

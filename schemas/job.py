@@ -32,7 +32,9 @@ class Job(BaseModel):
         " of addresses in a .txt, .csv or .jsonl",
     )
     output: str = Field(min_length=1, description="the folder of the dataset that is written")
-    model: str = Field(min_length=1, description="a checkpoint folder in VL-01's released layout")
+    model: str = Field(
+        min_length=1, description="a checkpoint folder in VL-01's released layout, or its address"
+    )
 
     prompt: str = Field(min_length=1, description="what is asked of every image")
     system: str | None = Field(None, description="the system message, if any")
@@ -116,6 +118,11 @@ class Job(BaseModel):
         "auto", description="activations; auto is float32 on CPU and bfloat16 on GPU"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    random_weights: bool = Field(
+        False,
+        description="for measuring only: the texts mean nothing, and of the checkpoint only the "
+        "configuration and the tokenizer are read",
+    )
     pp: Positive = Field(1, description="ranks (GPUs) that share the layers of one replica")
     replicas: Positive = Field(1, description="copies of the model that run side by side")
     max_sequences: Positive | None = Field(

@@ -29,6 +29,7 @@ class Summary:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     growth: Growth | None = None  # what the plan grew by, where the job says so
     failed_in_all: int | None = None  # failed rows of every run; counted for a strict job only
+    random_weights: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Literal, get_args, get_type_hints
 
 import torch
 
+from model.files import Folder
 from model.layers.linear import Quantization
 from model.layers.ragged import BLOCK_TOKENS
 from schemas.errors import ConfigError
@@ -18,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class EngineConfig:
     """One engine: a whole model over `ranks` ranks of this machine.
 
-    checkpoint: folder of the released layout.
+    checkpoint: folder of the released layout, at a path or at any fsspec address.
     device: "auto" is cuda where there is one, else cpu; rank r takes GPU r.
     dtype: of activations and plain weights; "auto" is bfloat16 on cuda, float32 on cpu.
     chunk_tokens: most tokens, of prompts and decode together, in one microbatch.
@@ -38,7 +39,7 @@ class EngineConfig:
     Raises ConfigError for a value outside these.
     """
 
-    checkpoint: str
+    checkpoint: str | Folder
     ranks: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

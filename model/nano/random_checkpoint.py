@@ -1,6 +1,7 @@
 """Small random checkpoints in exactly the released layout, for tests and for the demo.
 
     python -m model.nano.random_checkpoint DIR [--layers 8 --hidden-size 128 ...]
+    python -m model.nano.random_checkpoint DIR --released --no-tensors   # for --random-weights
 
 They load through the same code as a real one; nothing elsewhere knows that they are random.
 """
@@ -10,7 +11,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def write_random_checkpoint(
     dtype: str = "bfloat16",
     shards: int = 5,
     pinpoints: list[tuple[int, int]] | None = None,
+    endless: bool = False,
     **sizes: int,
 ) -> Path:
     """Write a checkpoint of the given NanoSizes into the folder `path`, and return the folder.
@@ -89,7 +91,9 @@ def write_random_checkpoint(
     written a piece at a time, so memory stays at some 100 MB however large the checkpoint is.
     """
     folder = Path(path)
-    token_ids = write_configuration(folder, NanoSizes(**sizes), pinpoints=pinpoints, dtype=dtype)
+    token_ids = write_configuration(
+        folder, NanoSizes(**sizes), pinpoints=pinpoints, dtype=dtype, endless=endless
+    )
     draw = _Draw(seed, token_ids)
     _write_shards(folder, checkpoint_tensors(load_config(folder)), shards, dtype, draw)
     return folder
@@ -269,14 +273,34 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a small random VL-01 checkpoint.")
-    parser.add_argument("path", help="folder to write into")
+    parser = argparse.ArgumentParser(description="Write a random VL-01 checkpoint.")
+    parser.add_argument("path", type=Path, help="folder to write into")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shards", type=int, default=5)
     parser.add_argument("--dtype", choices=list(_DTYPES), default="bfloat16")
+    parser.add_argument(
+        "--released", action="store_true", help="the released sizes, not small ones"
+    )
+    parser.add_argument(
+        "--no-tensors", action="store_true", help="all but the weights: for vl01's --random-weights"
+    )
+    parser.add_argument("--endless", action="store_true", help="no token ends a text")
     for name, default in vars(NanoSizes()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    write_random_checkpoint(**vars(parser.parse_args()))
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            metavar="N",
+            help=f"{default}; released: {getattr(RELEASED_SIZES, name)}",
+        )
+    given = vars(parser.parse_args())
+    sizes = {name: given.pop(name) for name in vars(NanoSizes())}
+    start = RELEASED_SIZES if given.pop("released") else NanoSizes()
+    size = replace(start, **{name: value for name, value in sizes.items() if value is not None})
+    path, endless, dtype = given.pop("path"), given.pop("endless"), given["dtype"]
+    if given.pop("no_tensors"):
+        write_configuration(path, size, dtype=dtype, endless=endless)
+    else:
+        write_random_checkpoint(path, endless=endless, **given, **vars(size))
 
 
 if __name__ == "__main__":

@@ -1,38 +1,24 @@
 """Fills a Decoder from a checkpoint: one rank's tensors, streamed, every one accounted for."""
 
-import hashlib
-import itertools
+import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model.config import VL01Config, load_config
 from model.decoder import Decoder
+from model.files import Checkpoint, Folder
 from model.layers.linear import Quantization
 from model.weights.names import TensorEntry, checkpoint_tensors
 from model.weights.quantization import quantize
-from model.weights.shards import INDEX, ShardReader, StoredTensor, stored_tensors
+from model.weights.reader import ShardReader
+from model.weights.shards import StoredTensor, stored_tensors
 from schemas.errors import CheckpointError
 
-# A piece is read, and quantized, at a time: with the fp32 copies that quantizing makes, a load
-# needs some 100 MB beside the weights themselves.
-_PIECE_BYTES = 16 << 20
-
-_REVISION_FILES = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    INDEX,
-)
-_REVISION_TENSOR_BYTES = 4096
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,69 +30,70 @@ class _Source:
     scale: StoredTensor | None
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where the rows of a stored tensor go. With `scales` they are quantized on the way."""
+
+    rows: Tensor
+    scales: Tensor | None = None
+
+    def fill(self, first_row: int, piece: Tensor) -> None:
+        place = slice(first_row, first_row + len(piece))
+        piece = piece.to(self.rows.device)
+        if self.scales is None:
+            self.rows[place] = piece
+        else:
+            self.rows[place], self.scales[place] = quantize(piece)
+
+
 def load_decoder(
-    checkpoint: str | Path,
+    checkpoint: Checkpoint,
     span: range,
     *,
     dtype: torch.dtype,
     device: torch.device | str,
     quantization: Quantization = "int8",
 ) -> Decoder:
-    """The layers in `span`, filled. Reads only their tensors, a piece at a time.
+    """The layers in `span`, filled. Reads only their tensors, ranges of them in parallel.
 
     A plain checkpoint is quantized on the device while it is read; one that is quantized already
     (optimum-quanto's names) is taken as it is.
-    Raises CheckpointError, before reading any tensor, as `check_checkpoint` does.
+    Raises CheckpointError, before reading any tensor, as `check_checkpoint` does; then that and
+    EngineError as `ShardReader.pieces` does.
     """
-    config = load_config(checkpoint)
-    sources = _match(checkpoint, config, span, quantization)
+    started = time.monotonic()
+    folder = Folder.at(checkpoint)
+    config = load_config(folder)
+    sources = _match(folder, config, span, quantization)
     decoder = Decoder(config, span, dtype=dtype, device=device, quantization=quantization)
-    parameters = dict(decoder.named_parameters())
-    widest = max(_row_bytes(stored) for source in sources for stored in _stored_in(source))
-    reader = ShardReader(max(_PIECE_BYTES, widest), pinned=torch.device(device).type == "cuda")
-    # In the order of the files, so that each is read from front to back.
-    for source in sorted(sources, key=lambda s: (s.data.path, s.data.offset)):
-        _load(source, reader, parameters, quantization)
+    places = _places(sources, dict(decoder.named_parameters()), quantization)
+    reader = ShardReader(folder, pinned=torch.device(device).type == "cuda")
+    stored = [tensor for source in sources for tensor in _stored_in(source)]
+    with torch.inference_mode():
+        for piece, rows in reader.pieces(stored):
+            places[piece.tensor.name].fill(piece.first_row, rows)
+    seconds, gigabytes = time.monotonic() - started, reader.bytes_read / 1e9
+    logger.info(
+        "layers %d to %d of %s: read %.2f GB in %.1f s, %.2f GB/s",
+        *(span.start, span.stop - 1, folder, gigabytes, seconds, gigabytes / seconds),
+    )
     return decoder
 
 
-def check_checkpoint(checkpoint: str | Path, *, quantization: Quantization = "int8") -> VL01Config:
+def check_checkpoint(checkpoint: Checkpoint, *, quantization: Quantization = "int8") -> VL01Config:
     """Check a whole checkpoint from its index and headers, reading no tensor; return its config.
 
     Raises CheckpointError naming the tensors that are missing, left over or of another shape,
     and when the checkpoint is quantized but `quantization` is "none".
     """
-    config = load_config(checkpoint)
-    _match(checkpoint, config, range(config.text.num_layers), quantization)
+    folder = Folder.at(checkpoint)
+    config = load_config(folder)
+    _match(folder, config, range(config.text.num_layers), quantization)
     return config
 
 
-def checkpoint_revision(checkpoint: str | Path) -> str:
-    """12 hex digits that change with the configuration, the tokenizer, the tensors or their values.
-
-    Of every tensor only some bytes in its middle are read, which is enough to tell a fine-tuned or
-    otherwise rewritten checkpoint apart. Raises CheckpointError as `stored_tensors` does.
-    """
-    root = Path(checkpoint)
-    digest = hashlib.sha256()
-    for path in (root / name for name in _REVISION_FILES):
-        if path.exists():
-            content = path.read_bytes()
-            digest.update(f"{path.name} {len(content)}\n".encode() + content)
-    in_order = sorted(stored_tensors(root).values(), key=lambda t: (t.path, t.offset))
-    for path, tensors in itertools.groupby(in_order, key=lambda t: t.path):
-        with path.open("rb", buffering=0) as file:
-            for tensor in tensors:
-                size = torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
-                length = min(size, _REVISION_TENSOR_BYTES)
-                file.seek(tensor.offset + (size - length) // 2)
-                digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
-                digest.update(file.read(length))
-    return digest.hexdigest()[:12]
-
-
 def _match(
-    checkpoint: str | Path, config: VL01Config, span: range, quantization: Quantization
+    checkpoint: Folder, config: VL01Config, span: range, quantization: Quantization
 ) -> list[_Source]:
     """What to read for each entry of the span, after checking the whole checkpoint."""
     stored = stored_tensors(checkpoint)
@@ -155,7 +142,7 @@ def _misshapen(sources: Iterable[_Source]) -> Iterator[str]:
             yield f"{source.scale.name} as {source.scale.dtype}"
 
 
-def _refuse(checkpoint: str | Path, what: str, names: Iterable[str]) -> None:
+def _refuse(checkpoint: Folder, what: str, names: Iterable[str]) -> None:
     names = sorted(names)
     if names:
         listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
@@ -166,31 +153,23 @@ def _stored_in(source: _Source) -> list[StoredTensor]:
     return [stored for stored in (source.data, source.scale) if stored is not None]
 
 
-def _row_bytes(stored: StoredTensor) -> int:
-    return stored.dtype.itemsize * torch.Size(stored.shape[1:]).numel()
-
-
-@torch.inference_mode()
-def _load(
-    source: _Source,
-    reader: ShardReader,
-    parameters: Mapping[str, Tensor],
-    quantization: Quantization,
-) -> None:
-    entry = source.entry
-    target = _rows(parameters[entry.target], entry)
-    scales = None
-    if entry.quantized and quantization != "none":
-        scales = _rows(parameters[f"{entry.target}_scale"], entry)
-    for row, piece in reader.pieces(source.data):
-        place = slice(row, row + len(piece))
-        if scales is not None and source.scale is None:
-            target[place], scales[place] = quantize(piece.to(target.device))
+def _places(
+    sources: Iterable[_Source], parameters: Mapping[str, Tensor], quantization: Quantization
+) -> dict[str, _Place]:
+    """By the names of the stored tensors."""
+    places = {}
+    for source in sources:
+        entry = source.entry
+        rows, scales = _rows(parameters[entry.target], entry), None
+        if entry.quantized and quantization != "none":
+            scales = _rows(parameters[f"{entry.target}_scale"], entry)
+        if source.scale is None:
+            places[source.data.name] = _Place(rows, scales)
         else:
-            target[place] = piece.to(target.device)
-    if scales is not None and source.scale is not None:
-        for row, piece in reader.pieces(source.scale):
-            scales[row : row + len(piece)] = piece.to(scales.device)
+            assert scales is not None  # _match has refused it
+            places[source.data.name] = _Place(rows)
+            places[source.scale.name] = _Place(scales)
+    return places
 
 
 def _rows(parameter: Tensor, entry: TensorEntry) -> Tensor:

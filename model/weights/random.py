@@ -1,6 +1,7 @@
 """Fills a Decoder with random weights on its device, for measuring: nothing is read."""
 
 import math
+import zlib
 
 import torch
 from torch import Tensor
@@ -23,12 +24,14 @@ def random_decoder(
 ) -> Decoder:
     """The layers in `span`: uniform int8 data, normal values for the rest.
 
-    Every product is scaled by 1 / sqrt(inputs), so that activations stay near 1.
+    Every product is scaled by 1 / sqrt(inputs), so that activations stay near 1. The values of a
+    parameter depend on its name and the seed alone, so that ranks hold what one rank would.
     """
     decoder = Decoder(config, span, dtype=dtype, device=device, quantization=quantization)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device)
     parameters = dict(decoder.named_parameters())
     for name, parameter in parameters.items():
+        generator.manual_seed(seed + zlib.crc32(name.encode()))
         if name.endswith("_scale"):
             inputs = parameters[name.removesuffix("_scale")].shape[-1]
             parameter.fill_(1 / (_INT8_DEVIATION * math.sqrt(inputs)))

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: where each tensor lies, and its rows read into one buffer.
+"""The files of a checkpoint: which tensors they hold and where, and what the index says of them.
 
 Reads safetensors directly (https://github.com/huggingface/safetensors#format): a mapped file
 would count as memory, and its tensors are not aligned. Knows nothing of the network.
@@ -6,137 +6,178 @@ would count as memory, and its tensors are not aligned. Knows nothing of the net
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from model.files import Checkpoint, Folder
 from schemas.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_DTYPES = {
+# Tensors are read, quantized and checked a piece at a time: as many whole rows as this holds. With
+# the fp32 copies that quantizing makes, a load needs some 150 MB beside the weights themselves.
+PIECE_BYTES = 8 << 20
+
+DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
     "I8": torch.int8,
 }
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own
+_HEADER_GUESS = 1 << 16  # bytes read at first, which mostly is all of it
+_HEADER_THREADS = 32
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies. `offset` is in bytes from the start of the file."""
+    """Where a tensor lies. `offset` is in bytes from the start of the file.
+
+    digests: of its pieces, in order, where the index has them.
+    """
 
     name: str
-    path: Path
+    shard: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
+    digests: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def piece_rows(self) -> int:
+        return max(1, PIECE_BYTES // self.row_bytes)
 
 
-def stored_tensors(checkpoint: str | Path) -> dict[str, StoredTensor]:
+@dataclass(frozen=True)
+class QuantizeRecord:
+    """What `vl01 quantize` writes into the index, under "vl01" in its metadata.
+
+    source_tensors: the digest of the tensors that were quantized, as `revision.py` makes it.
+    piece_bytes: PIECE_BYTES of the program that wrote it. digests: of each tensor's pieces.
+    """
+
+    source_tensors: str
+    piece_bytes: int
+    digests: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Index:
+    """shards: tensor name to file name. record: where `vl01 quantize` wrote the checkpoint."""
+
+    shards: dict[str, str]
+    record: QuantizeRecord | None = None
+
+
+def read_index(folder: Folder) -> Index:
+    """A checkpoint of one file needs none. Raises CheckpointError."""
+    try:
+        content = folder.read(INDEX)
+    except FileNotFoundError:
+        if folder.exists(SINGLE):
+            size = folder.files()[SINGLE].size
+            return Index({tensor.name: SINGLE for tensor in _read_header(folder, SINGLE, size)})
+        raise CheckpointError(
+            f"{folder} has no {INDEX}. Expected the folder of a MiniMax-VL-01 checkpoint."
+        ) from None
+    try:
+        index = json.loads(content)
+        record = (index.get("metadata") or {}).get("vl01")
+        return Index(dict(index["weight_map"]), QuantizeRecord(**record) if record else None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder.describe(INDEX)} is no index: {error!r}") from error
+
+
+def stored_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint by name, from its index and the headers of its shards.
 
-    Raises CheckpointError when a file is missing, damaged or shorter than its header says, and
-    when index and headers disagree or two shards hold the same tensor.
+    Raises CheckpointError when a file is missing, damaged or of another size than its header says,
+    and when index and headers disagree or two shards hold the same tensor.
     """
-    root = Path(checkpoint)
-    shards = _shard_names(root)
+    folder = Folder.at(checkpoint)
+    index = read_index(folder)
     found: dict[str, StoredTensor] = {}
-    for shard in sorted(set(shards.values())):
-        for tensor in _read_header(root / shard):
-            if tensor.name in found:
-                raise CheckpointError(
-                    f"{root}: {found[tensor.name].path.name} and {shard} both hold {tensor.name}."
-                )
-            found[tensor.name] = tensor
-    for name, shard in shards.items():
-        if name not in found or found[name].path.name != shard:
+    for tensor in _read_headers(folder, sorted(set(index.shards.values()))):
+        if tensor.name in found:
             raise CheckpointError(
-                f"{root / INDEX} puts {name} into {shard}, which does not hold it."
+                f"{folder}: {found[tensor.name].shard} and {tensor.shard} both hold {tensor.name}."
             )
-    return found
+        found[tensor.name] = tensor
+    for name, shard in index.shards.items():
+        if name not in found or found[name].shard != shard:
+            raise CheckpointError(
+                f"{folder.describe(INDEX)} puts {name} into {shard}, which does not hold it."
+            )
+    return found if index.record is None else _with_digests(found, index.record)
 
 
-class ShardReader:
-    """Reads rows of tensors into one buffer, reused, so that a load needs no more memory."""
-
-    def __init__(self, buffer_bytes: int, *, pinned: bool = False) -> None:
-        self._buffer = torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=pinned)
-
-    def pieces(self, tensor: StoredTensor) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) until all are read. Rows are valid until the next piece is read.
-
-        Raises CheckpointError when the file ends early.
-        """
-        row_shape = tensor.shape[1:]
-        row_bytes = math.prod(row_shape) * tensor.dtype.itemsize
-        step = max(1, len(self._buffer) // row_bytes)
-        if step * row_bytes > len(self._buffer):
-            raise ValueError(f"a row of {tensor.name} has {row_bytes} bytes, the buffer less")
-        with tensor.path.open("rb", buffering=0) as file:
-            file.seek(tensor.offset)
-            for row in range(0, tensor.shape[0], step):
-                rows = min(step, tensor.shape[0] - row)
-                piece = self._buffer[: rows * row_bytes]
-                _fill(file, piece.numpy().data, tensor)
-                yield row, piece.view(tensor.dtype).view(rows, *row_shape)
+def _with_digests(
+    tensors: dict[str, StoredTensor], record: QuantizeRecord
+) -> dict[str, StoredTensor]:
+    if record.piece_bytes != PIECE_BYTES:  # of another version: they cannot be compared
+        return tensors
+    return {
+        name: replace(tensor, digests=tuple(record.digests.get(name, ())))
+        for name, tensor in tensors.items()
+    }
 
 
-def _fill(file: Any, target: memoryview, tensor: StoredTensor) -> None:
-    filled = 0
-    while filled < len(target):  # one read returns at most 2 GiB, and on some disks less
-        read = file.readinto(target[filled:])
-        if not read:
-            raise CheckpointError(f"{tensor.path} ends inside {tensor.name}.")
-        filled += read
+def _read_headers(folder: Folder, shards: list[str]) -> list[StoredTensor]:
+    files = folder.files()
+    for shard in shards:
+        if shard not in files:
+            raise CheckpointError(
+                f"{folder.describe(shard)} is missing; the index lists tensors in it."
+            )
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        tensors = pool.map(lambda shard: _read_header(folder, shard, files[shard].size), shards)
+        return [tensor for of_shard in tensors for tensor in of_shard]
 
 
-def _shard_names(root: Path) -> dict[str, str]:
-    """Tensor name to file name. A checkpoint of one file needs no index."""
-    if not (root / INDEX).exists() and (root / SINGLE).exists():
-        return {tensor.name: SINGLE for tensor in _read_header(root / SINGLE)}
+def _read_header(folder: Folder, shard: str, size: int) -> list[StoredTensor]:
+    where = folder.describe(shard)
     try:
-        index = json.loads((root / INDEX).read_text(encoding="utf-8"))
-        return dict(index["weight_map"])
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{root} has no {INDEX}. Expected the folder of a MiniMax-VL-01 checkpoint."
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{root / INDEX} cannot be read: {error!r}") from error
-
-
-def _read_header(path: Path) -> list[StoredTensor]:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size, _HEADER_LIMIT):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
+        start = _read_bytes(folder, shard, 0, min(size, _HEADER_GUESS))
+        length = int.from_bytes(start[:8], "little")
+        if len(start) < 8 or length > min(size, _HEADER_LIMIT):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        more = max(0, 8 + length - len(start))
+        header = json.loads((start + _read_bytes(folder, shard, len(start), more))[8 : 8 + length])
         header.pop("__metadata__", None)
-        tensors = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]
-        end = max((8 + length + entry["data_offsets"][1] for entry in header.values()), default=0)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; the index lists tensors in it.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}") from error
-    if size < end:
-        raise CheckpointError(f"{path} has {size} bytes; its header says {end}. Copy it again.")
+        tensors = [_stored(shard, name, entry, 8 + length) for name, entry in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{where} is no safetensors file: {error}") from error
+    end = max((tensor.offset + tensor.nbytes for tensor in tensors), default=8 + length)
+    if size != end:
+        raise CheckpointError(
+            f"{where} has {size:,} bytes; its header says {end:,}. Copy it again."
+        )
     return tensors
 
 
-def _stored(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
+def _read_bytes(folder: Folder, shard: str, offset: int, size: int) -> bytes:
+    data = bytearray(size)
+    folder.read_into(shard, offset, memoryview(data))
+    return bytes(data)
+
+
+def _stored(shard: str, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
     start, end = entry["data_offsets"]
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"{name} is {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{name} is {entry['dtype']}; expected one of {', '.join(DTYPES)}")
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     if end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} takes {end - start} bytes, which its shape {shape} does not")
-    return StoredTensor(name, path, dtype, shape, data_start + start)
+    return StoredTensor(name, shard, dtype, shape, data_start + start)

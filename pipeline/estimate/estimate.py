@@ -4,14 +4,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from model.inputs.images import DecodeLimits
-from model.weights.checkpoint import checkpoint_revision
 from pipeline.estimate.gpus import engine_config, memory_estimate
 from pipeline.estimate.headers import HeaderReader
 from pipeline.estimate.sample import Survey, survey
 from pipeline.estimate.spread import spread
 from pipeline.estimate.throughput import find_throughput, time_estimate
 from pipeline.ledger import Ledger
-from pipeline.model import Model, open_model
+from pipeline.model import Model, model_revision, open_model
 from pipeline.plan import Plan, units_of
 from pipeline.read import quickly, read_settings
 from pipeline.sources import Source, open_source
@@ -32,7 +31,7 @@ def estimate(job: Job, assumptions: Assumptions) -> Estimate:
     source = open_source(job.source, job.endpoint_url)
     ledger = Ledger(job.output, job.endpoint_url)
     ledger.check()
-    resumes = ledger.resume(job.fingerprint(checkpoint_revision(job.model)))
+    resumes = ledger.resume(job.fingerprint(model_revision(job)))
     units = _pending(ledger) if resumes else _planned(source, job)
     kinds = survey(units, _header_reader(job, source, model))
     tiles, prompts, reasons = _reckon(model, kinds)

@@ -13,6 +13,7 @@ from model.engine.sequence import blocks_for
 from model.layers.memory import block_bytes, slot_bytes
 from model.layers.ragged import BLOCK_TOKENS
 from model.weights.names import checkpoint_tensors
+from pipeline.model import model_folder
 from schemas.errors import ConfigError
 from schemas.estimate import MemoryEstimate
 from schemas.job import Job
@@ -27,7 +28,7 @@ def engine_config(job: Job) -> EngineConfig:
     """As a run on GPUs (or on CPUs, if that is asked for) sets it up. Raises ConfigError."""
     on_cpu = job.device == "cpu"
     return EngineConfig(
-        checkpoint=job.model,
+        checkpoint=model_folder(job),
         ranks=job.pp,
         device="cpu" if on_cpu else "cuda",
         dtype=job.dtype,

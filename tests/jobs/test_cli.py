@@ -221,6 +221,13 @@ def test_a_run_says_what_its_source_grew_by(vl01, flow):
     assert "nothing is new or changed" in out
 
 
+def test_a_run_with_random_weights_says_that_its_texts_mean_nothing(vl01, flow):
+    flow.answer = Summary("out", 1, {"ok": 3}, random_weights=True)
+    _, out, _ = vl01(*CAPTION, "--random-weights")
+    assert flow.jobs[0].random_weights
+    assert "texts mean nothing" in out
+
+
 def dataset(**found) -> Verification:
     nothing = {
         "outdated_units": 0,

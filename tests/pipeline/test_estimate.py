@@ -24,13 +24,12 @@ from model.nano.random_checkpoint import (
     write_configuration,
     write_random_checkpoint,
 )
-from model.weights.checkpoint import checkpoint_revision
 from pipeline import sources
 from pipeline.estimate import gpus, sample
 from pipeline.estimate.estimate import estimate
 from pipeline.estimate.gpus import engine_config, memory_estimate
 from pipeline.ledger import Ledger
-from pipeline.model import open_model
+from pipeline.model import model_revision, open_model
 from pipeline.placement import place
 from pipeline.plan import Plan
 from pipeline.prepare import Prepare, PrepareSettings
@@ -331,7 +330,7 @@ def begin(job: Job) -> Ledger:
     ledger = Ledger(job.output)
     ledger.prepare()
     units = Plan(open_source(job.source), job.unit_rows, job.image_column, job.keep)
-    ledger.create(job, job.fingerprint(checkpoint_revision(job.model)), units, "run")
+    ledger.create(job, job.fingerprint(model_revision(job)), units, "run")
     return ledger
 
 

@@ -254,9 +254,19 @@ def test_a_part_tells_where_it_is_from(tmp_path):
     assert json.loads(metadata[b"vl01.fingerprint"])["prompt"] == "?"
     assert metadata[b"vl01.model"] == b"/nano"
     assert metadata[b"vl01.quantization"] == b"int8"
+    assert metadata[b"vl01.random_weights"] == b"false"
     assert metadata[b"vl01.version"]
     assert parquet.metadata.row_group(0).column(0).compression == "ZSTD"
     assert parquet.read(["row_id"])["row_id"][0].as_py() == row_id("0000.jpg")
+
+
+def test_random_weights_never_pass_for_the_model(tmp_path):
+    write_images(tmp_path / "in", 4)
+    run(job_of(tmp_path / "in", tmp_path / "out", random_weights=True))
+    metadata = pq.ParquetFile(tmp_path / "out/part-000000000.parquet").metadata.metadata
+    assert metadata[b"vl01.random_weights"] == b"true"
+    with pytest.raises(ConfigError, match="random_weights is true there and false now"):
+        run(job_of(tmp_path / "in", tmp_path / "out"))
 
 
 # Size

@@ -128,7 +128,7 @@ def flow(monkeypatch):
     monkeypatch.setattr(pipeline.run.Flow, "generated", answers)
     for module in (pipeline.run, pipeline.retry):
         monkeypatch.setattr(module, "open_model", lambda _: None)
-        monkeypatch.setattr(module, "checkpoint_revision", lambda _: "revision")
+        monkeypatch.setattr(module, "model_revision", lambda _: "revision")
     monkeypatch.setattr(pipeline.run, "ray_session", lambda _: nullcontext())
     monkeypatch.setattr(pipeline.run, "place", lambda _: Place())
     return events

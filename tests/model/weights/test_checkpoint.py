@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.weights import checkpoint as loading
-from model.weights.checkpoint import check_checkpoint, checkpoint_revision, load_decoder
+from model.weights.checkpoint import check_checkpoint, load_decoder
 from model.weights.names import checkpoint_tensors
 from model.weights.quantization import quantize
-from model.weights.shards import INDEX, ShardReader
+from model.weights.reader import ShardReader
+from model.weights.revision import checkpoint_revision
+from model.weights.shards import INDEX
 from schemas.errors import CheckpointError
 from tests.model.conftest import write_tiny
 
@@ -86,7 +87,8 @@ def test_stacked_parameters_hold_their_tensors_in_order(checkpoint, tensors):
 
 def test_pieces_of_a_tensor_make_the_same_weights_as_the_whole(checkpoint, monkeypatch):
     whole = dict(load_whole(checkpoint).named_parameters())
-    monkeypatch.setattr(loading, "_PIECE_BYTES", 1)  # a row at a time, or what the widest row takes
+    for module in ("shards", "reader"):
+        monkeypatch.setattr(f"model.weights.{module}.PIECE_BYTES", 1)  # a row at a time
     for name, parameter in load_whole(checkpoint).named_parameters():
         assert torch.equal(parameter, whole[name]), name
 
@@ -95,9 +97,9 @@ def test_a_rank_reads_its_own_tensors_and_no_other(checkpoint, monkeypatch):
     read = []
     pieces = ShardReader.pieces
 
-    def counted(self, tensor):
-        read.append(tensor.name)
-        return pieces(self, tensor)
+    def counted(self, tensors):
+        read.extend(tensor.name for tensor in tensors)
+        return pieces(self, tensors)
 
     monkeypatch.setattr(ShardReader, "pieces", counted)
     for span in (range(0, 3), range(3, 8)):
