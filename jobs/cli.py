@@ -70,6 +70,10 @@ _RUN = f"""Run the job in a YAML file: for scheduled runs.
   model: ~/models/vl01
   pp: 8
   keep: \\[url, license]      # --keep url --keep license
+  ladder:                    # what is tried again; each task has its own
+    - {{when: \\[repetition], temperature: 0.4}}
+    - {{when: \\[unsure, empty], unsure_below: -1.0, turn: 180}}
+    - {{when: \\[max_new_tokens], more_tokens: 2}}
 
 Every flag has its key, without dashes and with _ for - (--max-pixels is
 max_pixels); vl01 caption --help lists them. Relative paths start at the

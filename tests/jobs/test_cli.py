@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from jobs import ladder
 from jobs.cli import main
 from pipeline.verify import Verification
 from schemas.errors import CheckpointError, EngineError, ExitCode
@@ -100,6 +101,16 @@ def test_ocr_brings_its_own_prompt_and_a_budget_for_a_page(vl01, flow):
     job = flow.jobs[0]
     assert (job.task, job.max_new_tokens) == ("ocr", 4096)
     assert "as Markdown" in job.prompt
+    assert (job.stop_repetition, job.skip_blank, job.dedupe) == (True, True, "exact")
+    assert job.ladder == ladder.PAGE
+
+
+def test_what_ocr_does_by_itself_can_be_switched_off(vl01, flow):
+    off = "--no-stop-repetition", "--no-skip-blank", "--dedupe", "none", "--retries", "0"
+    assert vl01("ocr", "scans", "--output", "out", "--model", "ckpt", *off)[0] == 0
+    job = flow.jobs[0]
+    assert (job.stop_repetition, job.skip_blank) == (False, False)
+    assert (job.dedupe, job.retries) == ("none", 0)
 
 
 def test_flags_arrive_in_the_job(vl01, flow):

@@ -1,12 +1,14 @@
 """What a user writes becomes the job that he means, or one line that says what is wrong."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from jobs import caption
-from jobs.config import job_from_file, job_from_flags
+from jobs import caption, ladder
+from jobs.config import job_from_file, job_from_flags, job_of_retry
 from schemas.errors import ConfigError
+from schemas.ladder import Cause, Step
 
 REQUIRED = "source: photos\noutput: out\nmodel: ckpt\n"
 
@@ -157,3 +159,44 @@ def test_a_mistake_in_flags_is_told_in_flags():
         "a list of addresses in a .txt, .csv or .jsonl",
         "--max-pixels is '0'; it should be greater than or equal to 1",
     ]
+
+
+LADDER = """\
+ladder:
+  - {when: [repetition, invalid], temperature: 0.7}
+  - {when: [unsure], unsure_below: -0.5, turn: 90}
+"""
+
+
+def test_a_file_brings_its_own_ladder_and_a_task_brings_one_otherwise(tmp_path):
+    own = job_from_file(job_file(tmp_path, REQUIRED + "task: ocr\n" + LADDER))
+    assert own.ladder == (
+        Step(when=(Cause.REPETITION, Cause.INVALID), temperature=0.7),
+        Step(when=(Cause.UNSURE,), unsure_below=-0.5, turn=90),
+    )
+    assert job_from_file(job_file(tmp_path, REQUIRED + "task: ocr\n")).ladder == ladder.PAGE
+    assert job_from_file(job_file(tmp_path, REQUIRED)).ladder == ()
+
+
+def test_the_ladder_is_part_of_the_fingerprint_and_survives_being_stored(tmp_path):
+    one = job_from_file(job_file(tmp_path, REQUIRED + LADDER))
+    none = job_from_file(job_file(tmp_path, REQUIRED))
+    assert one.fingerprint("r") != none.fingerprint("r")
+    stored = json.loads(json.dumps(one.model_dump(mode="json")))
+    assert job_of_retry(stored, one.output, {}) == one
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ladder: [{when: [repetitoin]}]", "ladder[0].when[0] is 'repetitoin'; it should be"),
+        ("ladder: [{turn: 90}]", "ladder[0].when is missing"),
+        ("ladder: [{when: [], turn: 90}]", "ladder[0].when is []; it should have at least 1"),
+        ("ladder: [{when: [empty], trun: 90}]", "ladder[0].trun is not known"),
+        ("ladder: [{when: [empty], turn: 45}]", "ladder[0].turn is 45; it should be 90, 180 or"),
+        ("retries: -1", "retries is -1; it should be greater than or equal to 0"),
+        ("dedupe: yes", "dedupe is True; it should be 'exact' or 'none'"),
+    ],
+)
+def test_a_wrong_ladder_is_one_clear_line(tmp_path, line, expected):
+    assert f"{tmp_path}/job.yaml: {expected}" in refusal(tmp_path, REQUIRED + line)
