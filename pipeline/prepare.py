@@ -7,15 +7,18 @@ import hashlib
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 
 from model.inputs.images import DecodeLimits, Tiles, prepare_image
 from model.inputs.prompt import PromptTemplate
 from model.inputs.tiling import Pinpoints
+from pipeline.render.renderer import Renderer
+from pipeline.render.settings import PageSettings
 from pipeline.tables import add_columns
 from schemas.errors import Reason, RowError
 from schemas.rows import PREPARED, with_kept
@@ -27,7 +30,10 @@ BLOCK_BYTES = 8 * 1024**2
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """All a CPU worker needs to know of the job and the checkpoint."""
+    """All a CPU worker needs to know of the job and the checkpoint.
+
+    trial: what decoding an image may cost where it is tried out first.
+    """
 
     template: PromptTemplate
     pinpoints: Pinpoints
@@ -37,16 +43,23 @@ class PrepareSettings:
     exif_rotate: bool
     kept: pa.Schema
     skip_blank: bool = False
+    trial: PageSettings = field(default_factory=PageSettings)
 
 
 class Prepare:
-    """Turns tables of INPUT rows into tables of PREPARED rows, one row for each, in order."""
+    """Turns tables of INPUT rows into tables of PREPARED rows, one row for each, in order.
+
+    A worker that was started again may have died of an image, and is given the same batch: it
+    tries out each image in a child process first, and the one that the child dies of is a failed
+    row. That doubles the cost of decoding, for this worker.
+    """
 
     def __init__(self, settings: PrepareSettings) -> None:
         self.settings = settings
         self.schema = with_kept(PREPARED, settings.kept)
         # Pillow warns of damaged metadata; what matters of it is in the row's message.
         warnings.filterwarnings("ignore", module="PIL")
+        self._trial = Renderer(settings.trial) if _was_started_again() else None
 
     def __call__(self, inputs: pa.Table) -> Iterator[pa.Table]:
         first, rows, held = 0, [], 0
@@ -67,6 +80,8 @@ class Prepare:
         started = time.perf_counter()
         columns: dict[str, Any] = {"image_sha256": hashlib.sha256(image).hexdigest()}
         try:
+            if self._trial:
+                self._trial.decode(memoryview(image))
             prepared = prepare_image(
                 image,
                 self.settings.pinpoints,
@@ -103,6 +118,10 @@ class Prepare:
         flat = pa.LargeListArray.from_arrays(offsets, np.concatenate(pixels))
         table = add_columns(inputs, rows, small).append_column("pixels", flat)
         return table.select(self.schema.names).cast(self.schema)
+
+
+def _was_started_again() -> bool:
+    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 _NO_PIXELS = np.empty(0, np.uint8)

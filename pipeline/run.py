@@ -171,6 +171,7 @@ class Flow:
             exif_rotate=job.exif_rotate,
             skip_blank=job.skip_blank,
             kept=self.read.kept,
+            trial=replace(self.read.pages, page_seconds=job.decode_seconds),
         )
 
     def generate_settings(self) -> GenerateSettings:

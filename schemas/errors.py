@@ -28,11 +28,11 @@ class Reason(StrEnum):
     HTTP_ERROR = "http_error"  # the server answered with another status than 200, 404 or 410
     TOO_MANY_BYTES = "too_many_bytes"
 
-    # read: a document, or a page of it, could not be rendered
+    # read: a document, or a page of it, could not be rendered (nor, for crash, an image decoded)
     ENCRYPTED = "encrypted"  # a PDF that asks for a password
     TOO_MANY_PAGES = "too_many_pages"
     PAGE_DAMAGED = "page_damaged"
-    RENDER_CRASH = "render_crash"  # the renderer died of it, twice, or ran out of its memory
+    CRASH = "crash"  # the process that decodes it died of it, or ran out of its memory
 
     # prepare: the bytes are not a usable image
     EMPTY_FILE = "empty_file"

@@ -1,5 +1,6 @@
 """Asks a child process for the pages of documents; what becomes of the child costs one page.
 
+It also tries out images that may crash a decoder.
 The child is started when it is first needed and serves one document after the other. One that is
 late is killed, one that dies is replaced, and the next page is asked of a fresh one.
 """
@@ -9,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -58,6 +60,15 @@ class Renderer:
         """A page, from 1, as a PNG. Raises RowError."""
         return self._ask("image", number)[1]
 
+    def decode(self, image: memoryview | bytes) -> None:
+        """Decodes an image and forgets it. Raises RowError if the child dies of it or is late; what
+        else is wrong with the image is not told."""
+        self._path, self._seconds = "", self._settings.document_seconds
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(image)
+            file.flush()
+            self._ask("decode", file.name)
+
     def close(self) -> None:
         if self._child:
             self._child.kill()
@@ -70,7 +81,7 @@ class Renderer:
         self.close()
 
     def _ask(self, what: str, argument: str | int) -> tuple[dict[str, Any], bytes]:
-        """What the child answers. Raises RowError: its own, TIMEOUT, or RENDER_CRASH.
+        """What the child answers. Raises RowError: its own, TIMEOUT, or CRASH.
 
         A child that dies may have come to harm earlier: only a fresh one convicts the page.
         """
@@ -85,7 +96,7 @@ class Renderer:
         except _DiedError as death:
             gib = self._settings.memory_bytes / 1024**3
             raise RowError(
-                Reason.RENDER_CRASH, f"the renderer {death} (it may use {gib:.2g} GiB of memory)"
+                Reason.CRASH, f"the process that decodes it {death} (it may use {gib:.2g} GiB)"
             ) from None
         finally:
             self._seconds -= time.monotonic() - before
@@ -93,7 +104,7 @@ class Renderer:
     def _try(self, what: str, argument: str | int) -> tuple[dict[str, Any], bytes]:
         self._child = self._child or _Child(self._settings)
         try:
-            if what != "open" and self._child.holds != self._path:
+            if self._path and what != "open" and self._child.holds != self._path:
                 self._answer("open", self._path)
             return self._answer(what, argument)
         except _DiedError:
@@ -145,7 +156,11 @@ class _Child:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "OPENBLAS_NUM_THREADS": "1",  # each would reserve address space
+                },
             )
         self._wait_until_ready()
 

@@ -24,6 +24,8 @@ from schemas.errors import Reason, RowError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_ANY_GRID = ((336, 336),)  # which one makes no difference to a decoder
+_ANY_SIZE = 2**63  # bytes: whoever read the file has looked at that
 _LONGEST_MESSAGE = 2000
 _PDF_WITHIN = 1024  # bytes; the mark may follow others, as every viewer allows
 
@@ -91,6 +93,21 @@ class Worker:
         image = self._document.image(number)
         image.save(buffer, "PNG", compress_level=1, icc_profile=None)
         return {}, buffer.getvalue()
+
+    def decode(self, path: str) -> Answer:
+        """Does what decoding an image and resizing it takes. A RowError is for who prepares it."""
+        from model.inputs.images import (
+            DecodeLimits,
+            prepare_image,
+        )  # only now: numpy takes its time
+
+        limits = DecodeLimits(self._settings.max_pixels, _ANY_SIZE, self._settings.page_seconds)
+        try:
+            prepare_image(Path(path).read_bytes(), _ANY_GRID, limits=limits)
+        except RowError as error:
+            if isinstance(error.__cause__, MemoryError):
+                raise MemoryError from error
+        return {}, b""
 
 
 def _open(path: Path, settings: PageSettings) -> Pdf | Tiff | None:

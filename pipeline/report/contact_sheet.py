@@ -29,6 +29,7 @@ THUMBNAIL = 360  # pixels of the longer side
 _QUALITY = 72
 _MOST_PIXELS = 100_000_000
 _SECONDS = 30.0  # for all pictures; a tar has to be read as far as its last one
+_PAGE_SECONDS = 5.0
 _THREADS = 4
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "JPEG2000", "BMP")
 
@@ -95,7 +96,12 @@ def _pictures(
     """By row id: its picture, or why there is none."""
     job = Job.model_validate(ledger.job["job"])
     source = open_source(job.source, endpoint_url or job.endpoint_url)
-    pages = PageSettings(pinpoints=((2 * THUMBNAIL, 2 * THUMBNAIL),))
+    pages = PageSettings(
+        pinpoints=((2 * THUMBNAIL, 2 * THUMBNAIL),),
+        max_pages=job.max_pages,
+        page_seconds=_PAGE_SECONDS,
+        document_seconds=_SECONDS,
+    )
     settings = quickly(read_settings(job, source, pages))
     units = [
         replace(unit, only=frozenset(wanted[unit.number]))

@@ -1,6 +1,7 @@
 """Every page of every document becomes one row, and what a document lacks is said in one too."""
 
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import fsspec
@@ -122,6 +123,18 @@ def test_pages_arrive_in_small_tables_before_the_document_ends(tmp_path):
     tables = read_unit(Unit(0, UnitKind.DOCUMENTS, ("a.pdf",)), settings)
     assert next(tables)["page"].to_pylist() == list(range(1, 17))
     assert [t.num_rows for t in tables] == [16, 8]
+
+
+def test_a_long_document_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
+    (tmp_path / "a.pdf").write_bytes(pdf(["x"] * 300))
+    monkeypatch.setattr("pipeline.render.renderer.Renderer.image", lambda _, n: bytes(2**20))
+    settings = ReadSettings(open_source(str(tmp_path)), 10**6, pages=PAGES)
+    tracemalloc.start()
+    tables = read_unit(Unit(0, UnitKind.DOCUMENTS, ("a.pdf",)), settings)
+    assert sum(table.num_rows for table in tables) == 300
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 40 * 2**20
 
 
 def test_only_the_pages_that_are_done_again_are_rendered(tmp_path, monkeypatch):

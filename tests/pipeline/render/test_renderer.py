@@ -15,7 +15,7 @@ from pipeline.render.renderer import Renderer
 from pipeline.render.settings import PageSettings
 from schemas.errors import EngineError, Reason, RowError
 from tests.documents import encrypted_pdf, endless_pdf, pdf, tiff
-from tests.images import RELEASED_PINPOINTS, odd_images, page, photograph
+from tests.images import RELEASED_PINPOINTS, encode, odd_images, page, photograph
 
 MIB = 1024**2
 
@@ -123,7 +123,7 @@ def test_a_page_that_takes_too_much_memory_costs_itself_alone(write):
     with renderer(dpi=72, memory_bytes=300 * MIB) as r:
         assert r.open(path).pages == 3
         sizes = [image(r.image(1)).size, image(r.image(3)).size]
-        assert reason(r.image, 2) is Reason.RENDER_CRASH
+        assert reason(r.image, 2) is Reason.CRASH
         sizes.append(image(r.image(3)).size)
     assert sizes == [(595, 842)] * 3
 
@@ -199,6 +199,19 @@ def test_the_released_grids_cross_the_pipe(write):
     with Renderer(PageSettings(RELEASED_PINPOINTS)) as r:
         r.open(write("a.pdf", pdf(["one"])))
         assert image(r.image(1)).size == (1008, 1426)
+
+
+def test_an_image_is_tried_out_and_one_that_takes_too_much_memory_is_convicted(write):
+    small, large = (encode(Image.new("RGB", (side, side)), "PNG") for side in (90, 9000))
+    with renderer(memory_bytes=400 * MIB) as r:
+        r.decode(small)
+        assert reason(r.decode, large) is Reason.CRASH
+        r.decode(b"no image")  # for whoever prepares it to say
+        r.open(write("a.pdf", pdf(["one"])))
+        r.decode(small)
+        assert reason(r.decode, large) is Reason.CRASH
+        r.open(write("a.pdf", pdf(["one"])))
+        assert image(r.image(1)).size == (395, 560)
 
 
 def test_a_child_ends_with_its_parent(tmp_path):

@@ -21,14 +21,16 @@ from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.plan import Plan
 from pipeline.read import ReadSettings, read_units
+from pipeline.render.settings import PageSettings
 from pipeline.report import Written, write_report
 from pipeline.sources import open_source
 from schemas.errors import ConfigError
 from schemas.job import Job
 from schemas.report import Hardware, RunRecord
 from schemas.rows import GENERATED
+from tests.documents import encrypted_pdf, pdf
 from tests.pipeline.fake_run import job_of
-from tests.sources import write_source
+from tests.sources import write_folder, write_source
 
 HOSTILE = '<script>alert("x")</script><img src=http://example.org/a.png onerror=alert(1)>'
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
@@ -73,8 +75,10 @@ def finished(job: Job, text: str = "a picture", recorded: bool = True) -> Ledger
         fingerprint = job.fingerprint("revision")
         ledger.create(job, fingerprint, Plan(source, job.unit_rows), held.run)
         committer = Committer(ledger, held)
+        pages = PageSettings(((336, 336),), max_pages=job.max_pages)
+        settings = ReadSettings(source, job.max_bytes, pages=pages)
         for units in ledger.pending():
-            for rows in read_units(units, ReadSettings(source, job.max_bytes)):
+            for rows in read_units(units, settings):
                 committer.add(answered(rows, text))
         if recorded:
             ledger.write_run(record_of(held.run))
@@ -103,6 +107,21 @@ def mixed(tmp_path) -> Path:
     images[1] = ("01.png", b"text in a tar")
     write_source(tmp_path / "in", images)
     return tmp_path
+
+
+def test_pages_of_documents_are_shown_and_why_others_are_not(tmp_path):
+    documents = [
+        ("a.pdf", pdf(["one", "two"])),
+        ("b.pdf", encrypted_pdf()),
+        ("c.pdf", pdf([""] * 4)),
+    ]
+    write_folder(tmp_path / "in", documents)
+    job = job_of(tmp_path / "in", tmp_path / "out", max_pages=3)
+    html = html_of(write_report(finished(job).output))
+    assert html.count("data:image/jpeg") == 2
+    assert "a.pdf · page 2" in html
+    assert "Incorrect password" in html
+    assert "more than 3 pages" in html
 
 
 def html_of(written: Written) -> str:
