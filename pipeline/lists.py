@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipeline.sources import kind_of
 from pipeline.storage import PatientFile
 from schemas.errors import ConfigError
+from schemas.ledger import UnitKind
 
 USUAL_COLUMNS = ("uri", "url", "path", "address")
 _BLOCK_BYTES = 4 * 1024**2
@@ -48,6 +50,13 @@ class Group(NamedTuple):
 def address_of(member: str) -> str | None:
     """The address that a row is named after; None for a row of a record without one."""
     return None if member.startswith("#") else _NUMBERED.sub("", member, count=1)
+
+
+def is_one_row(member: str) -> bool:
+    """Whether what is at the address is read as one image by its name, or there is none: anything
+    else may turn out to be a document."""
+    address = address_of(member)
+    return address is None or kind_of(re.split("[?#]", address, maxsplit=1)[0]) is UnitKind.IMAGES
 
 
 def choose_column(columns: Collection[str], wanted: str | None) -> str | None:

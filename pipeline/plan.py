@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.columns import KeptColumns, find_column, no_column
-from pipeline.lists import AddressList, Group
+from pipeline.lists import AddressList, Group, is_one_row
 from pipeline.sources import Source, kind_of
 from pipeline.storage import PatientFile, SourceFile
 from schemas.errors import ConfigError
@@ -262,7 +262,8 @@ class Plan:
 
 
 def _list_slice(name: str, group: Group) -> _Slice:
-    return _Slice(UnitKind.LIST, (name, *group.members), group.offset, len(group.members))
+    rows = len(group.members) if all(map(is_one_row, group.members)) else None
+    return _Slice(UnitKind.LIST, (name, *group.members), group.offset, rows)
 
 
 def cut(group_rows: list[int], unit_rows: int) -> Iterator[tuple[int, int]]:
@@ -303,10 +304,8 @@ def planned_row_ids(unit: Unit) -> list[str] | None:
     """The ids of the rows a unit must become; None where it must be read to know."""
     if unit.rows is None:
         return None
-    if unit.kind is UnitKind.IMAGES:
-        return [row_id(name) for name in unit.names]
-    if unit.kind is UnitKind.LIST:
-        return [row_id(unit.names[0], member) for member in unit.names[1:]]
+    if unit.kind in (UnitKind.IMAGES, UnitKind.LIST):
+        return [row_id(*item) for item in unit.items]
     rows = range(unit.first_row, unit.first_row + unit.rows)
     return [row_id(unit.names[0], str(row)) for row in rows]
 

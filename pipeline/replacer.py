@@ -129,9 +129,9 @@ def merge(old: pa.Table, new: pa.Table, unit: Unit, kept: list[str]) -> pa.Table
 
 def stand_ins(unit: Unit) -> frozenset[str]:
     """The ids of rows that stand for unknown ones, which only uncounted units can have."""
-    return frozenset(row_id(name) for name in unit.names) if unit.rows is None else frozenset()
+    return frozenset(row_id(*item) for item in unit.items) if unit.rows is None else frozenset()
 
 
 def _vanished(unit: Unit, known: set[str]) -> set[str]:
     """What may come of documents whose pages are known: they could be opened before."""
-    return {row_id(name) for name in unit.names if row_id(name, None, 1) in known}
+    return {row_id(*item) for item in unit.items if row_id(*item, 1) in known}

@@ -122,8 +122,10 @@ def _narrow(ledger: Ledger, unit: Unit, choice: Choice) -> Unit | None:
     """
     if not choice.among(ledger.record(unit.number)):
         return None
-    part = rows_of(ledger.read_part(unit.number)).select(["row_id", "status", "reason"]).to_pylist()
+    part = rows_of(ledger.read_part(unit.number))
+    part = part.select(["row_id", "member", "status", "reason"]).to_pylist()
     again = frozenset(row["row_id"] for row in part if choice.holds(row))
+    unit = unit.narrowed({row["member"] for row in part if row["row_id"] in again})
     if stand_ins(unit) & again:
         return replace(unit, but=frozenset(row["row_id"] for row in part) - again)
     return replace(unit, only=again) if again else None

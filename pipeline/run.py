@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 from ray.data import ActorPoolStrategy
 
@@ -110,7 +111,12 @@ def plan_or_resume(job: Job, source: Source, ledger: Ledger, lease: Lease) -> Gr
 
 def has_documents(units: pa.Table) -> bool:
     """Whether reading the units, in the PLAN schema, takes rendering pages."""
-    return UnitKind.DOCUMENTS.value in units["kind"].unique().to_pylist()
+    kinds = units["kind"].unique().to_pylist()
+    if UnitKind.LIST not in kinds:
+        return UnitKind.DOCUMENTS in kinds
+    names = units["names"].combine_chunks().flatten()
+    found = pc.match_substring_regex(names, r"(?i)\.(pdf|tiff?)($|[?#])")  # pyright: ignore
+    return found.true_count > 0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What is written under OUT/_vl01: the plan's units and growths, the record of a committed unit."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -23,12 +24,12 @@ class Unit:
     """The slice of a source that is read, retried and committed as a whole.
 
     names: relative to the source's root; many for IMAGES and DOCUMENTS, one otherwise. For LIST the
-    members of its rows follow the name of the list.
+    members of its rows follow the name of the list, empty for those that a retry leaves alone.
     first_row, rows: of the Parquet file; rows is the count of names for IMAGES, of members for
     LIST, whose first_row is the offset of the first of them in bytes. rows is None where only
-    reading tells: for a tar, for documents, and for a Parquet file that could not be planned
-    (damaged, no image column, no rows), which is read again as a whole and, if it still cannot be,
-    is one row.
+    reading tells: for a tar, for documents and what may be some, and for a Parquet file that could
+    not be planned (damaged, no image column, no rows), which is read again as a whole and, if it
+    still cannot be, is one row.
     only, but: row ids, in a retry: the rows to do again, and the rows to leave as they are.
     """
 
@@ -44,6 +45,21 @@ class Unit:
     def files(self) -> tuple[str, ...]:
         """Those of the names that are names of files of the source."""
         return self.names[:1] if self.kind is UnitKind.LIST else self.names
+
+    @property
+    def items(self) -> list[tuple[str, str | None]]:
+        """Name and member of what is opened by itself: each file, each address of a list."""
+        if self.kind is UnitKind.LIST:
+            return [(self.names[0], member) for member in self.names[1:] if member]
+        return [(name, None) for name in self.names]
+
+    def narrowed(self, members: Collection[str | None]) -> "Unit":
+        """Of a list, no more than the rows of these members: the others are then not even fetched.
+        An id alone does not tell of which address it is a page. Any other unit as it is."""
+        if self.kind is not UnitKind.LIST:
+            return self
+        name, *mine = self.names
+        return replace(self, names=(name, *(one if one in members else "" for one in mine)))
 
     def wants(self, row_id: str) -> bool:
         return (self.only is None or row_id in self.only) and row_id not in self.but

@@ -12,10 +12,11 @@ from typing import IO, Any
 
 from model.inputs.images import DecodeLimits, image_size
 from model.inputs.tiling import Layout, Pinpoints, choose_layout
+from pipeline.fetch.fetch import Fetched
 from pipeline.formats.documents import check_pages, on_disk
-from pipeline.formats.lists import list_rows
+from pipeline.formats.lists import fetched_addresses, may_be_document, named
 from pipeline.formats.parquet import parquet_rows
-from pipeline.formats.row import ReadSettings, Row, blame, check_size
+from pipeline.formats.row import ReadSettings, blame, check_size
 from pipeline.formats.tar import StrictHeader, is_image_member
 from pipeline.render.renderer import Renderer
 from pipeline.storage import PatientFile
@@ -59,33 +60,57 @@ class HeaderReader:
         if unit.kind is UnitKind.TAR:
             return [self._tar(unit, most_rows)]
         if unit.kind is UnitKind.PARQUET:
-            return [self._whole(parquet_rows(unit, self.read), unit.rows, most_rows)]
+            return [self._parquet(unit, most_rows)]
         if unit.kind is UnitKind.LIST:
-            return [self._whole(list_rows(unit, self.read), unit.rows, most_rows)]
+            with Renderer(self.read.pages) as renderer:
+                return [
+                    self._fetched(unit.names[place + 1], fetched, most_rows, renderer)
+                    for place, fetched in fetched_addresses(unit, self.read)
+                ]
         if unit.kind is UnitKind.DOCUMENTS:
             with Renderer(self.read.pages) as renderer:
-                return [self._document(name, most_rows, renderer) for name in unit.names]
+                return [self._document_file(name, most_rows, renderer) for name in unit.names]
         return [self._image(name) for name in unit.names]
 
     def _image(self, name: str) -> Cluster:
         what = self._file(name)
         return Cluster(1, True, [] if what is None else [what])
 
-    def _document(self, name: str, most_rows: int, renderer: Renderer) -> Cluster:
-        """Pages from its beginning to its end, at even distances."""
+    def _document_file(self, name: str, most_rows: int, renderer: Renderer) -> Cluster:
         try:
             with on_disk(self.read, name) as path:
-                pages, broken = renderer.open(path)
-                if pages is None:
-                    return self._image(name)
-                check_pages(pages, self.read.pages.max_pages)
-                numbers = range(1, pages + 1, -(-pages // most_rows))
-                seen = [self._page(renderer, number) for number in numbers]
+                return self._document(path, most_rows, renderer) or self._image(name)
         except RowError as error:
             return Cluster(1, True, [error.reason])
+
+    def _document(self, path: str, most_rows: int, renderer: Renderer) -> Cluster | None:
+        """Pages from its beginning to its end, at even distances; None for what is an image.
+        Raises RowError."""
+        pages, broken = renderer.open(path)
+        if pages is None:
+            return None
+        check_pages(pages, self.read.pages.max_pages)
+        numbers = range(1, pages + 1, -(-pages // most_rows))
+        seen = [self._page(renderer, number) for number in numbers]
         if broken:
             seen.append(Reason.SOURCE_DAMAGED)
         return Cluster(pages + bool(broken), True, seen)
+
+    def _fetched(
+        self, member: str, fetched: Fetched, most_rows: int, renderer: Renderer
+    ) -> Cluster:
+        if fetched.file is None:
+            return Cluster(1, True, [fetched.error.reason] if fetched.error else [])
+        try:
+            with fetched.file as file:
+                if may_be_document(member, file):
+                    with named(file) as path:
+                        if (document := self._document(path, most_rows, renderer)) is not None:
+                            return document
+                what = self._layout(file)
+                return Cluster(1, True, [] if what is None else [what])
+        except RowError as error:
+            return Cluster(1, True, [error.reason])
 
     def _page(self, renderer: Renderer, number: int) -> Layout | Reason:
         try:
@@ -131,17 +156,16 @@ class HeaderReader:
         except RowError as error:
             return error.reason
 
-    def _whole(self, rows: Iterator[Row], count: int | None, most_rows: int) -> Cluster:
-        """Of rows that can only be read whole. count: of all of them, if it is known."""
+    def _parquet(self, unit: Unit, most_rows: int) -> Cluster:
         seen: list[Layout | Reason | None] = []
         size = 0
-        for row in islice(rows, most_rows):
+        for row in islice(parquet_rows(unit, self.read), most_rows):
             size += len(row.data or b"")
             if size > _MOST_PARQUET_BYTES:
                 break
             seen.append(self._row(row.data, row.error))
         usable = [what for what in seen if what is not None]
-        return Cluster(count or len(seen), True, usable)
+        return Cluster(unit.rows or len(seen), True, usable)
 
     def _row(self, data: bytes | None, error: RowError | None) -> Layout | Reason | None:
         try:

@@ -48,6 +48,7 @@ class Kind:
     """The units of one kind. rows: as far as planning counted them."""
 
     most: int
+    rows_known: bool = True
     units: int = 0
     rows: int = 0
     clusters: int = 0
@@ -85,7 +86,9 @@ def _count(units: Iterable[Unit]) -> dict[UnitKind, Kind]:
     for unit in units:
         kind = kinds[unit.kind]
         kind.units += 1
-        kind.rows += unit.rows or 1
+        kind.rows += unit.rows or len(unit.items)
+        # A Parquet file that could not be planned is one row, which planning knows as well.
+        kind.rows_known &= unit.rows is not None or unit.kind is UnitKind.PARQUET
         for cluster in _clusters(unit):
             kind.add(cluster)
     return kinds
@@ -95,8 +98,7 @@ def _clusters(unit: Unit) -> Iterable[Unit | str]:
     if unit.kind in _BATCH:
         return unit.names
     if unit.kind is UnitKind.LIST:
-        name, *members = unit.names
-        return (Unit(0, UnitKind.LIST, (name, member), 0, 1) for member in members)
+        return (Unit(0, UnitKind.LIST, (name, member or "")) for name, member in unit.items)
     return (unit,)
 
 
@@ -107,8 +109,7 @@ def _survey(name: UnitKind, kind: Kind, headers: HeaderReader) -> Survey:
         clusters = [cluster for clusters in found for cluster in clusters]
     all_kept = kind.clusters == len(kind.kept)
     counted = sum(cluster.rows for cluster in clusters)
-    counted_by_planning = name in (UnitKind.IMAGES, UnitKind.PARQUET, UnitKind.LIST)
-    rows_known = counted_by_planning or (all_kept and all(c.counted for c in clusters))
+    rows_known = kind.rows_known or (all_kept and all(c.counted for c in clusters))
     if all_kept:
         rows = counted
     elif rows_known:

@@ -26,10 +26,18 @@ _STORES = ("file", "local", "memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "a
 
 
 class Fetched(NamedTuple):
-    """The bytes of an address, or why there are none; neither where none was asked for."""
+    """What is at an address, in a file at its start, which is the caller's to close; or why there
+    is nothing. Neither where nothing was asked for."""
 
-    data: bytes | None = None
+    file: IO[bytes] | None = None
     error: RowError | None = None
+
+    def read(self) -> bytes | None:
+        """The bytes, if there are any; closes the file."""
+        if self.file is None:
+            return None
+        with self.file as file:
+            return file.read()
 
 
 class Fetcher:
@@ -43,8 +51,8 @@ class Fetcher:
     def fetch_all(
         self, wanted: Iterable[tuple[T, str | None]]
     ) -> Generator[tuple[T, Fetched], None, None]:
-        """Each item with the bytes of its address, at most AHEAD of them fetched ahead: in memory
-        are IN_MEMORY of each, and one whole.
+        """Each item with what is at its address, at most AHEAD of them fetched ahead, of which no
+        more than IN_MEMORY each is in memory.
         """
         ahead: deque[tuple[T, Future[IO[bytes] | None]]] = deque()
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -114,11 +122,7 @@ def absolute(address: str, beside: str) -> str:
 
 def _taken(item: T, future: "Future[IO[bytes] | None]") -> tuple[T, Fetched]:
     try:
-        file = future.result()
-        if file is None:
-            return item, Fetched()
-        with file:
-            return item, Fetched(file.read())
+        return item, Fetched(future.result())
     except RowError as error:
         return item, Fetched(error=error)
     except FileNotFoundError as error:

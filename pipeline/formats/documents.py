@@ -1,7 +1,7 @@
 """The rows of a unit of documents: one for each page of a PDF or of a TIFF with several frames."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -29,21 +29,32 @@ def document_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
         for name in unit.names:
             try:
                 with on_disk(settings, name) as path:
-                    yield from _rows(unit, name, path, settings, renderer)
+                    image = partial(read_file, settings, name)
+                    whole = Row(name, None)
+                    yield from rows_of_file(unit, whole, path, image, settings, renderer)
             except RowError as error:
                 yield Row(name, None, error=error)
 
 
-def _rows(
-    unit: Unit, name: str, path: str, settings: ReadSettings, renderer: Renderer
+def rows_of_file(
+    unit: Unit,
+    whole: Row,
+    path: str,
+    image: Callable[[], bytes],
+    settings: ReadSettings,
+    renderer: Renderer,
 ) -> Iterator[Row]:
+    """The pages of a document, or the row `whole` for a file that is an image, which `image` has
+    the bytes of. Raises RowError when it is neither, or broken after its pages.
+    """
+    name, member = whole.name, whole.member
     pages, broken = renderer.open(path)
     if pages is None:
-        yield read_row(unit, name, None, lambda: read_file(settings, name))
+        yield read_row(unit, name, member, image)
         return
     check_pages(pages, settings.pages.max_pages)
     for page in range(1, pages + 1):
-        yield read_row(unit, name, None, partial(renderer.image, page), page)
+        yield read_row(unit, name, member, partial(renderer.image, page), page)
     if broken:
         raise row_error(Reason.SOURCE_DAMAGED, broken)
 

@@ -1,38 +1,97 @@
 """The rows of some addresses of a list: what is there, fetched several at once, in their order."""
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import IO, Any
 
 import pyarrow as pa
 
 from pipeline.fetch.fetch import Fetched, Fetcher, absolute
-from pipeline.formats.row import ReadSettings, Row, row_error
-from pipeline.lists import AddressList, Group, address_of
+from pipeline.formats.documents import rows_of_file
+from pipeline.formats.row import STREAM_BYTES, ReadSettings, Row, row_error
+from pipeline.lists import AddressList, Group, address_of, is_one_row
 from pipeline.plan import row_id
+from pipeline.render.renderer import Renderer
 from pipeline.storage import PatientFile
-from schemas.errors import Reason
+from schemas.errors import Reason, RowError
 from schemas.ledger import Unit
 
-_NO_ADDRESS = Fetched(error=row_error(Reason.BAD_ADDRESS, "this line of the list holds no address"))
+_PDF, _PDF_WITHIN = b"%PDF-", 1024  # bytes; the mark may follow others
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def list_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
-    """A row for each address; the list itself is read again only for columns to keep."""
+    """A row for each address, or one for each page of what turns out to be a document. The list
+    itself is read again only for columns to keep.
+    """
+    kept = _kept(unit, settings)
+    with Renderer(settings.pages) as renderer:
+        for place, fetched in fetched_addresses(unit, settings):
+            for row in _rows(unit, unit.names[place + 1], fetched, settings, renderer):
+                yield row._replace(kept=kept and kept.slice(place, 1))
+
+
+def fetched_addresses(unit: Unit, settings: ReadSettings) -> Iterator[tuple[int, Fetched]]:
+    """(place, what is there) of each row of the list that is wanted; in a retry without the others.
+
+    Raises nothing: where there is no address, that is an error as any other.
+    """
     name, *members = unit.names
     beside = settings.source.full_address(name)
-    kept = _kept(unit, settings)
 
     def wanted() -> Iterator[tuple[int, str | None]]:
         for place, member in enumerate(members):
-            address = address_of(member) if unit.wants(row_id(name, member)) else None
-            yield place, address and absolute(address, beside)
+            if member and (unit.rows is None or unit.wants(row_id(name, member))):
+                address = address_of(member)
+                yield place, address and absolute(address, beside)
 
     for place, fetched in Fetcher(settings.fetch, settings.max_bytes).fetch_all(wanted()):
-        member = members[place]
-        if address_of(member) is None:
-            fetched = _NO_ADDRESS
-        yield Row(name, member, None, *fetched, kept=kept and kept.slice(place, 1))
+        yield place, fetched if address_of(members[place]) else Fetched(error=_no_address())
+
+
+def _no_address() -> RowError:
+    return row_error(Reason.BAD_ADDRESS, "this line of the list holds no address")
+
+
+def _rows(
+    unit: Unit, member: str, fetched: Fetched, settings: ReadSettings, renderer: Renderer
+) -> Iterator[Row]:
+    row = Row(unit.names[0], member)
+    if fetched.file is None:
+        yield row._replace(error=fetched.error)
+        return
+    with fetched.file as file:
+        if not may_be_document(member, file):
+            yield row._replace(data=file.read())
+            return
+        try:
+            with named(file) as path:
+                yield from rows_of_file(unit, row, path, file.read, settings, renderer)
+        except RowError as error:
+            yield row._replace(error=error)
+
+
+def may_be_document(member: str, file: IO[bytes]) -> bool:
+    """Whether a file, which is at its start and stays there, begins like a PDF or a TIFF, and was
+    not planned as one image."""
+    if is_one_row(member):
+        return False
+    begin = file.read(_PDF_WITHIN)
+    file.seek(0)
+    return begin.startswith(_TIFF) or _PDF in begin
+
+
+@contextmanager
+def named(file: IO[bytes]) -> Iterator[str]:
+    """The path of a copy, for another process. The file is at its start again."""
+    with tempfile.NamedTemporaryFile() as copy:
+        shutil.copyfileobj(file, copy, STREAM_BYTES)
+        copy.flush()
+        file.seek(0)
+        yield copy.name
 
 
 def _kept(unit: Unit, settings: ReadSettings) -> pa.Table | None:

@@ -126,8 +126,9 @@ def _rows_by_address(
             asked = address and unit.wants(row_id(name, str(first + i)))
             yield i, absolute(address, beside) if asked else None
 
-    for i, (data, error) in Fetcher(settings.fetch, settings.max_bytes).fetch_all(wanted()):
-        row = Row(name, str(first + i), None, data, error if addresses[i] else null)
+    for i, fetched in Fetcher(settings.fetch, settings.max_bytes).fetch_all(wanted()):
+        error = fetched.error if addresses[i] else null
+        row = Row(name, str(first + i), None, fetched.read(), error)
         yield row._replace(kept=kept.slice(i, 1))
 
 

@@ -48,9 +48,10 @@ def contact_sheet(ledger: Ledger, picks: list[Pick], endpoint_url: str | None) -
     """The cells of the rows picked, in that order. Takes half a minute at most, or little more."""
     rows = _rows(ledger, picks)
     cells = [Cell(pick.why, rows[pick[:2]]) for pick in picks if pick[:2] in rows]
-    wanted: dict[int, set[str]] = defaultdict(set)
+    wanted: dict[int, dict[str, str | None]] = defaultdict(dict)
     for unit, position in rows:
-        wanted[unit].add(rows[unit, position]["row_id"])
+        row = rows[unit, position]
+        wanted[unit][row["row_id"]] = row["member"]
     try:
         pictures = _pictures(ledger, wanted, endpoint_url)
     except Exception as error:  # the source is gone, or its storage raises what it likes
@@ -91,9 +92,9 @@ def _rows_at(part: pq.ParquetFile, positions: list[int]) -> dict[int, dict[str, 
 
 
 def _pictures(
-    ledger: Ledger, wanted: dict[int, set[str]], endpoint_url: str | None
+    ledger: Ledger, wanted: dict[int, dict[str, str | None]], endpoint_url: str | None
 ) -> dict[str, tuple[str | None, str]]:
-    """By row id: its picture, or why there is none."""
+    """By row id: its picture, or why there is none. wanted: by unit, row ids and their members."""
     job = Job.model_validate(ledger.job["job"])
     source = open_source(job.source, endpoint_url or job.endpoint_url)
     pages = PageSettings(
@@ -104,10 +105,10 @@ def _pictures(
     )
     settings = quickly(read_settings(job, source, pages))
     units = [
-        replace(unit, only=frozenset(wanted[unit.number]))
+        replace(unit, only=frozenset(found)).narrowed(set(found.values()))
         for table in ledger.planned()
         for unit in units_of(table)
-        if unit.number in wanted
+        if (found := wanted.get(unit.number))
     ]
     deadline = time.monotonic() + _SECONDS
     with ThreadPoolExecutor(_THREADS) as pool:

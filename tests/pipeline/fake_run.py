@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from pipeline.commit import Committer
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.plan import Plan
-from pipeline.read import ReadSettings, read_units
+from pipeline.read import ReadSettings, read_settings, read_units
+from pipeline.render.settings import PageSettings
 from pipeline.sources import open_source
 from schemas.errors import RowError
 from schemas.extraction import Extraction
@@ -83,7 +85,7 @@ def run(
             ledger.grow(job, source)
         committer = Committer(ledger, lease)
         committer.add_empty(pa.concat_tables([PLAN.empty_table(), *ledger.pending()]))
-        settings = ReadSettings(source, job.max_bytes, job.image_column, ledger.kept)
+        settings = replace(read_settings(job, source, PageSettings()), kept=ledger.kept)
         for rows in order(list(stream(ledger, settings, job.extraction()))):
             committer.add(rows)
         assert committer.incomplete() == {}

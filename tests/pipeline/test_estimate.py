@@ -178,6 +178,17 @@ def test_addresses_are_all_counted_and_few_of_them_fetched(tmp_path, job, monkey
     assert told.rows["list"].headers == len(site.asked) == 14
 
 
+def test_pages_of_documents_behind_addresses_are_counted_without_rendering(tmp_path, job):
+    files = {"/1": pdf(["x"] * 5), "/2": good_images(1)[0][1], "/3": pdf(["x"])[:200]}
+    with serve(files) as site:
+        (tmp_path / "list.txt").write_text("\n".join(site.url(path) for path in files))
+        changes = {"source": str(tmp_path / "list.txt"), "allow_host": ("127.0.0.1",)}
+        told = plan(job.model_copy(update=changes))
+    assert told.exact
+    assert told.rows["list"].rows == 5 + 1 + 1
+    assert told.reasons == {"source_damaged": 1}
+
+
 def test_damaged_sources_are_foretold_with_their_reasons(tmp_path, job):
     folder = tmp_path / "source"
     images = good_images(12)

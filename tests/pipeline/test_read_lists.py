@@ -1,6 +1,8 @@
 """The rows of lists of addresses: each line once, under its own name, with what it led to."""
 
 import pickle
+import tempfile
+from collections import Counter
 from dataclasses import replace
 
 import pyarrow as pa
@@ -13,12 +15,16 @@ from pipeline.plan import Plan, planned_row_ids
 from pipeline.read import ReadSettings, read_settings, read_unit
 from pipeline.render.settings import PageSettings
 from pipeline.sources import open_source
+from pipeline.verify import verify
 from schemas.errors import ConfigError
 from schemas.job import Job
 from schemas.ledger import UnitKind
 from schemas.rows import INPUT, with_kept
 from tests import http_server
+from tests.documents import pdf, tiff
 from tests.http_server import serve
+from tests.images import good_images, page
+from tests.pipeline import fake_run, test_retry
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +182,7 @@ def test_a_retry_fetches_the_rows_it_is_for_and_no_others(tmp_path, site, kind):
     site.asked.clear()
     job = job_for(path, **keys)
     (unit,) = plan_of(job).units()
-    again = unit.__class__(**{**unit.__dict__, "only": failed})
+    again = replace(unit, only=failed)
     tables = read_unit(again, settings_of(job))
     assert [row["data"] for row in pa.concat_tables(tables).to_pylist()] == [b"C", b"D"]
     assert sorted(path for path, _ in site.asked) == ["/c.jpg", "/d.jpg"]
@@ -220,3 +226,103 @@ def test_a_wrong_host_rule_is_told_before_the_run(tmp_path):
     (tmp_path / "list.txt").write_text("a.jpg\n")
     with pytest.raises(ConfigError, match="--allow-host is 'http://x'"):
         read(tmp_path / "list.txt", allow_host=("http://x",))
+
+
+# Documents behind addresses
+
+
+@pytest.fixture
+def documents(site, tmp_path):
+    """A list of five addresses, of which the names tell nothing, and where they lead."""
+    site.files = {
+        "/one": pdf(["first", "second"]),
+        "/two": tiff([page(0, (40, 30)), page(1, (40, 30)), page(2, (40, 30))]),
+        "/three": tiff([page(0, (40, 30))]),
+        "/four": good_images(1)[0][1],
+        "/five": pdf(["x"])[:200],
+    }
+    path = tmp_path / "list.txt"
+    path.write_text("\n".join(site.url(name) for name in site.files))
+    return path
+
+
+def pages(rows, site) -> list[tuple]:
+    prefix = site.url("")
+    return [(row["member"].removeprefix(prefix), row["page"], row["reason"]) for row in rows]
+
+
+EXPECTED = [
+    ("/one", 1, None),
+    ("/one", 2, None),
+    ("/two", 1, None),
+    ("/two", 2, None),
+    ("/two", 3, None),
+    ("/three", None, None),
+    ("/four", None, None),
+    ("/five", None, "source_damaged"),
+]
+
+
+def test_a_document_behind_an_address_is_a_row_for_each_page(documents, site):
+    rows = read(documents, max_bytes=10**6)
+    assert pages(rows, site) == EXPECTED
+    assert all(row["data"].startswith(b"\x89PNG") for row in rows[:5])
+    assert rows[5]["data"] == site.files["/three"]
+    assert rows[6]["data"] == site.files["/four"]
+
+
+def test_no_copy_of_a_document_is_left_behind(documents, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "copies"))
+    (tmp_path / "copies").mkdir()
+    read(documents, max_bytes=10**6)
+    assert not [path for path in (tmp_path / "copies").iterdir() if path.is_file()]
+
+
+def test_what_an_address_names_as_an_image_is_counted_and_read_as_one(tmp_path, site):
+    site.files |= {"/a.jpg?w=1": pdf(["x"]), "/b": b"B"}
+    (tmp_path / "list.txt").write_text(f"{site.url('/a.jpg?w=1')}\n{site.url('/a.jpg')}#top")
+    (unit,) = plan_of(job_for(tmp_path / "list.txt")).units()
+    assert unit.rows == 2
+    first, _ = read(tmp_path / "list.txt", max_bytes=10**6)
+    assert (first["page"], first["data"]) == (None, site.files["/a.jpg?w=1"])
+    (tmp_path / "list.txt").write_text(f"{site.url('/a.jpg')}\n{site.url('/b')}")
+    (unit,) = plan_of(job_for(tmp_path / "list.txt")).units()
+    assert unit.rows is None
+
+
+def test_a_retry_asks_again_for_the_documents_that_failed_and_no_other(documents, site, tmp_path):
+    """Two could not be had: one is gone, one broken. Both are there now; others may not be."""
+    mended = pdf(["x", "y", "z"])
+    files, site.files = site.files, {**site.files}
+    del site.files["/two"]
+    job = fake_run.job_of(
+        documents, tmp_path / "out", allow_host=["127.0.0.1"], max_bytes=10**6, host_rate=1e4
+    )
+    fake_run.run(job)
+    before = test_retry.rows(tmp_path / "out")
+    assert Counter(row["reason"] for row in before.values()) == Counter(
+        {None: 4, "not_found": 1, "source_damaged": 1}
+    )
+    site.files = files | {"/five": mended}
+    site.asked.clear()
+    summary = test_retry.retry(documents, tmp_path / "out", max_bytes=10**6)
+    assert sorted(path for path, _ in site.asked) == ["/five", "/two"]
+    assert (summary.again, summary.added, summary.rows) == (2, 6, {"ok": 6})
+    after = test_retry.rows(tmp_path / "out")
+    assert {row_id for row_id, row in before.items() if row["status"] == "ok"} < after.keys()
+    found = sorted(pages(after.values(), site), key=str)
+    again = [*EXPECTED[:-1], *(("/five", page, None) for page in (1, 2, 3))]
+    assert found == sorted(again, key=str)
+    assert verify(str(tmp_path / "out")).ok
+
+
+def test_a_retry_of_one_page_asks_for_its_document_alone(documents, site, tmp_path):
+    job = job_for(documents, max_bytes=10**6)
+    (unit,) = plan_of(job).units()
+    rows = read(documents, max_bytes=10**6)
+    page_3 = rows[4]
+    site.asked.clear()
+    again = replace(unit, only=frozenset([page_3["row_id"]])).narrowed({page_3["member"]})
+    (found,) = pa.concat_tables(read_unit(again, settings_of(job))).to_pylist()
+    assert (found["row_id"], found["data"]) == (page_3["row_id"], page_3["data"])
+    assert [path for path, _ in site.asked] == ["/two"]

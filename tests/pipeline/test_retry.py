@@ -6,6 +6,7 @@ import os
 import shutil
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,13 +18,15 @@ from pipeline import lease, storage
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.plan import row_id, units_of
-from pipeline.read import ReadSettings, read_units
+from pipeline.read import ReadSettings, read_settings, read_units
+from pipeline.render.settings import PageSettings
 from pipeline.replacer import Replacer, RetrySummary, merge
 from pipeline.retry import Choice, chosen
 from pipeline.sources import open_source
 from pipeline.verify import verify
 from schemas.errors import LedgerError
 from schemas.extraction import load_schema
+from schemas.job import Job
 from schemas.ledger import Unit, UnitKind
 from schemas.rows import OUTPUT
 from tests.pipeline.fake_run import generated, job_of, run, write_images
@@ -50,7 +53,9 @@ def retry(source, output, choice: Choice = FAILED, max_bytes: int = 1000) -> Ret
         replacer = Replacer(ledger, held, units)
         schema = ledger.job["job"]["schema"]
         asked = schema and load_schema(schema)
-        settings = ReadSettings(open_source(str(source)), max_bytes, None, ledger.kept)
+        job = Job.model_validate(ledger.job["job"] | {"max_bytes": max_bytes})
+        settings = read_settings(job, open_source(str(source)), PageSettings())
+        settings = replace(settings, kept=ledger.kept)
         for rows in read_units(units, settings):
             answers = generated(rows, asked)
             tried = [int(answer is not None) for answer in answers["text"].to_pylist()]
