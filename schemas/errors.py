@@ -72,6 +72,10 @@ class EngineError(VL01Error):
     """The engine is broken: its replica must be rebuilt and its units done again."""
 
 
+class OutOfMemoryError(EngineError):
+    """A microbatch took more memory than a GPU has left; a smaller one may fit."""
+
+
 class StoppedError(VL01Error):
     """The run ended early, on request or by its own judgement: what is committed stays."""
 

@@ -3,6 +3,7 @@
 Owns what the others do not know: the requests themselves and their text.
 """
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -25,9 +26,12 @@ from model.engine.ranks import layer_spans
 from model.engine.sampling import Masks
 from model.engine.scheduler import Scheduler
 from model.inputs.tiling import choose_layout
+from model.layers.ragged import BLOCK_TOKENS
 from model.tokenizer import Tokenizer
-from schemas.errors import EngineError
+from schemas.errors import EngineError, OutOfMemoryError
 from schemas.requests import Request, Result
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,19 +67,11 @@ class Engine:
         config.check_devices()
         self._ranks = RankInProcess(config) if config.ranks == 1 else RankProcesses(config)
         self.capacity = self._ranks.capacity
-        self._memory = Memory(self.capacity)
-        self._scheduler = Scheduler(
-            self._memory,
-            chunk_tokens=config.chunk_tokens,
-            microbatches=config.ranks,
-            ahead=config.plans_ahead,
-        )
-        self._live: dict[int, Live] = {}
-        self._in_flight: deque[Plan] = deque()
-        self._unmasked: deque[Plan] = deque()  # in flight, constrained and without their masks
+        self._config = config
+        self._statistics = EngineStatistics()
+        self._start(config.chunk_tokens)
         self._constraints: Constraints | None = None
         self._threads = config.threads_per_rank
-        self._statistics = EngineStatistics()
 
     @property
     def unfinished(self) -> int:
@@ -89,7 +85,8 @@ class Engine:
 
     @property
     def statistics(self) -> EngineStatistics:
-        return replace(self._statistics, preemptions=self._scheduler.preemptions)
+        preemptions = self._statistics.preemptions + self._scheduler.preemptions
+        return replace(self._statistics, preemptions=preemptions)
 
     @property
     def occupancy(self) -> Occupancy:
@@ -117,8 +114,19 @@ class Engine:
     def step(self) -> list[Result]:
         """Schedule and run microbatches until the ranks are full; record the oldest.
 
-        Returns the requests that it finished; none, at once, when there is nothing to do.
+        Returns the requests that it finished; none, at once, when there is nothing to do. When the
+        GPU of a single rank runs out of memory, all start over in microbatches of half the size.
         """
+        try:
+            return self._advance()
+        except OutOfMemoryError as error:
+            if isinstance(self._ranks, RankProcesses) or self._chunk_tokens < 4 * BLOCK_TOKENS:
+                raise
+            shortage = str(error)  # without its frames, which hold what is to be freed
+        self._start_over(shortage)
+        return []
+
+    def _advance(self) -> list[Result]:
         while plan := self._scheduler.schedule():
             self._submit(plan)
             self._send_masks()
@@ -155,6 +163,37 @@ class Engine:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _start(self, chunk_tokens: int) -> None:
+        """With no sequence in memory and none in flight."""
+        self._chunk_tokens = chunk_tokens
+        self._memory = Memory(self.capacity)
+        self._scheduler = Scheduler(
+            self._memory,
+            chunk_tokens=chunk_tokens,
+            microbatches=self._config.ranks,
+            ahead=self._config.plans_ahead,
+        )
+        self._live: dict[int, Live] = {}
+        self._in_flight: deque[Plan] = deque()
+        self._unmasked: deque[Plan] = deque()  # in flight, constrained and without their masks
+
+    def _start_over(self, shortage: str) -> None:
+        """Compute the unfinished requests again: a microbatch that failed half way has left their
+        memory in between. Their seeds write the same tokens again."""
+        logger.warning(
+            "%s; going on with chunk_tokens %d instead of %d",
+            shortage,
+            self._chunk_tokens // 2,
+            self._chunk_tokens,
+        )
+        assert isinstance(self._ranks, RankInProcess)
+        self._ranks.forget()
+        unfinished = [live.request for live in self._live.values()]
+        self._statistics = self.statistics
+        self._start(self._chunk_tokens // 2)
+        for request in unfinished:
+            self.add(request)
 
     def _constraint(self, json_schema: str | None) -> Constraint | None:
         if json_schema is None:
@@ -207,10 +246,10 @@ class Engine:
         images = []
         for segment in plan.segments:
             live = self._live[segment.sequence]
-            request = live.request
-            if request.tiles is not None and request.image_size is not None:
-                images.append(Image(segment.sequence, request.tiles, request.image_size))
-                live.request = replace(request, tiles=None)
+            if (tiles := live.tiles_to_send) is not None:
+                assert live.request.image_size is not None
+                images.append(Image(segment.sequence, tiles, live.request.image_size))
+                live.sent_tiles(keep=isinstance(self._ranks, RankInProcess))
         return images
 
     def _microbatch(self, plan: Plan) -> Microbatch:

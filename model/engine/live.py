@@ -1,6 +1,6 @@
 """One unfinished request as the engine sees it: what was asked, what is written, what may come."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,11 +14,21 @@ from schemas.requests import FinishReason, Request, Result
 
 @dataclass
 class Live:
-    """The request's tiles are let go once they are sent."""
+    """tiles_to_send: of the request's image, None without one and once the first rank has them."""
 
     request: Request
     answer: Answer
     constraint: Constraint | None
+    tiles_to_send: np.ndarray | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tiles_to_send = self.request.tiles
+
+    def sent_tiles(self, *, keep: bool) -> None:
+        """`keep` them in the request, for an engine that may start over."""
+        self.tiles_to_send = None
+        if not keep:
+            self.request = replace(self.request, tiles=None)
 
     def token_ids(self, segment: Segment) -> np.ndarray:
         if segment.context < len(self.request.token_ids):

@@ -99,6 +99,13 @@ class Rank:
         for swap in plan.restores:
             self._memory.restore(swap.slot, swap.blocks, self._saved.pop(swap.sequence))
 
+    def forget(self) -> None:
+        """All sequences; a new one finds slots and blocks as if they had never been used."""
+        self._features.clear()
+        self._saved.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def embed(self, microbatch: Microbatch) -> Tensor:
         """First rank: hidden_TD of the microbatch's tokens and image features."""
         placed = self._place_features(microbatch)

@@ -12,7 +12,7 @@ from model.engine.memory import share_out
 from model.engine.microbatch import Image, Microbatch, Sampled, SampledOnDevice
 from model.engine.rank import Rank, Scored
 from model.engine.sampling import Masks
-from schemas.errors import EngineError
+from schemas.errors import EngineError, OutOfMemoryError
 
 
 class RankInProcess:
@@ -59,6 +59,12 @@ class RankInProcess:
         with _failure_explained():  # what fails on a GPU is first heard of here
             return self._sampled.popleft().wait()
 
+    def forget(self) -> None:
+        """All sequences and what was submitted of them; the weights stay."""
+        self._scored = None
+        self._sampled.clear()
+        self._open_rank.forget()
+
     def close(self) -> None:
         """Give the weights and the memory back."""
         self._rank = None
@@ -74,5 +80,7 @@ class RankInProcess:
 def _failure_explained() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(f"rank 0 of 1 is out of memory: {error}") from error
     except Exception as error:
         raise EngineError(f"rank 0 of 1 failed: {type(error).__name__}: {error}") from error

@@ -80,7 +80,7 @@ def test_int8_product_is_that_of_the_upcast_weights(tokens, outputs, width):
 
 
 @pytest.mark.parametrize("tokens", [257, 1000, 5000])
-@pytest.mark.parametrize(("outputs", "width"), [(9216, 6144), (1000, 128), (10240, 6144)])
+@pytest.mark.parametrize(("outputs", "width"), [(9216, 6144), (9000, 128), (10240, 6144)])
 def test_product_of_int8_inputs_is_that_of_the_whole_numbers(tokens, outputs, width):
     x = random(tokens, width)
     x[3] = 0
@@ -131,7 +131,7 @@ def test_rows_keep_their_order_within_an_expert(rows):
 
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("skew", ["even", "one expert"])
-@pytest.mark.parametrize("tokens", [1, 5, 128, 300, 1500])
+@pytest.mark.parametrize("tokens", [1, 5, 128, 300, 1500, 2000])  # the last for wide.py
 def test_experts_agree_with_the_loop_over_experts(tokens, skew, quantized):
     count, width, hidden = 8, 384, 256
     x = random(tokens, hidden)

@@ -55,6 +55,41 @@ def test_a_rows_tokens_do_not_depend_on_its_batch_or_chunks(
     assert statistics.output_tokens == sum(map(len, expected.values()))
 
 
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """One that is out of memory above 128 tokens, after layers have changed its states."""
+    forward = Rank.forward
+
+    def forward_few(self, hidden_TD, plan):
+        hidden_TD = forward(self, hidden_TD, plan)
+        if plan.tokens > 128:
+            raise torch.OutOfMemoryError("injected")
+        return hidden_TD
+
+    monkeypatch.setattr(Rank, "forward", forward_few)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_engine_short_of_memory_goes_on_in_smaller_microbatches(
+    checkpoint, requests, expected, small_gpu, caplog, ahead
+):
+    with Engine(_config(checkpoint, chunk_tokens=512, ahead=ahead)) as engine:
+        assert token_ids(list(engine.generate(requests))) == expected
+    assert "going on with chunk_tokens 128 instead of 256" in caplog.text
+
+
+def test_an_engine_that_cannot_shrink_further_says_what_it_lacks(checkpoint, requests, monkeypatch):
+    def forward(*_):
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(Rank, "forward", forward)
+    with (
+        Engine(_config(checkpoint, chunk_tokens=600)) as engine,
+        pytest.raises(EngineError, match="out of memory: injected"),
+    ):
+        list(engine.generate(requests))
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_preempted_row_writes_the_same_tokens(
     checkpoint, decoder, requests, expected, model, ahead
@@ -194,10 +229,10 @@ def test_generate_does_not_read_all_requests_into_memory(engine):
         engine.step()
 
 
-def test_tiles_are_let_go_once_the_features_are_computed(engine, requests):
+def test_tiles_are_sent_once_and_their_features_let_go(engine, requests):
     engine.add(requests[0])
     engine.step()
-    assert all(live.request.tiles is None for live in engine._live.values())
+    assert all(live.tiles_to_send is None for live in engine._live.values())
     while engine.unfinished:
         engine.step()
     assert isinstance(engine._ranks, RankInProcess)
