@@ -14,15 +14,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.markup import escape
 
-from jobs import show, show_plan, show_status, submit
+from jobs import plan, show, show_status, submit
 from jobs.bench import cli as bench
 from jobs.config import TASKS, absolute_address, job_from_file, job_from_flags, job_of_retry
-from jobs.flags import EndpointUrl, with_changes, with_flags
+from jobs.flags import Debug, EndpointUrl, JobFile, with_changes, with_flags
 from jobs.report import HELP as _REPORT
 from jobs.report import report, report_after_run
 from jobs.task import Task
 from schemas.errors import ConfigError, ExitCode, Reason, VL01Error
-from schemas.estimate import Assumptions
 from schemas.job import Job
 from schemas.rows import Status
 
@@ -130,25 +129,8 @@ app = typer.Typer(
 )
 
 
+app.add_typer(plan.app, name="plan")
 app.add_typer(bench.app, name="bench")
-
-
-def _ask_for_tracebacks(asked: bool) -> None:
-    if asked:
-        os.environ["VL01_DEBUG"] = "1"
-
-
-Debug = Annotated[
-    bool,
-    typer.Option(
-        "--debug",
-        help="show the traceback of an error; so does VL01_DEBUG=1",
-        callback=_ask_for_tracebacks,
-        metavar="",
-        expose_value=False,
-        is_eager=True,
-    ),
-]
 
 
 def _show_version(asked: bool) -> None:
@@ -184,11 +166,6 @@ def _task_help(task: Task) -> str:
 
 for _task in TASKS.values():
     app.command(_task.name, help=_task_help(_task))(_task_command(_task))
-
-
-JobFile = Annotated[
-    Path, typer.Argument(help="the job, in YAML; - is standard input", metavar="JOB.yaml")
-]
 
 
 @app.command("run", help=_RUN)
@@ -239,35 +216,6 @@ def _retry(
 app.command("retry", help=_RETRY)(with_changes(_retry))
 
 
-@app.command(help=show_plan.HELP)
-def plan(
-    job: Annotated[Path, typer.Argument(help="the job, in YAML", metavar="JOB.yaml")],
-    gpu_memory_gib: Annotated[
-        float, typer.Option(help="what a GPU has", metavar="NUMBER", min=0)
-    ] = Assumptions.gpu_memory_gib,
-    gpu_hour_price: Annotated[
-        float | None, typer.Option(help="of one GPU, for the price", metavar="NUMBER", min=0)
-    ] = None,
-    tokens_per_second: Annotated[
-        float | None,
-        typer.Option(help="read and written, by all replicas", metavar="NUMBER", min=1e-9),
-    ] = None,
-    json: Annotated[
-        str | None, typer.Option(help="write it as JSON; - is standard output", metavar="FILE")
-    ] = None,
-    _debug: Debug = False,
-) -> None:
-    from pipeline.estimate.estimate import estimate
-
-    found = estimate(
-        job_from_file(job), Assumptions(gpu_memory_gib, gpu_hour_price, tokens_per_second)
-    )
-    if json:
-        show_plan.write_json(found, json)
-    if json != "-":
-        show_plan.show_plan(found)
-
-
 @app.command(help=show_status.HELP)
 def status(
     output: Annotated[str, typer.Argument(help="the output of a run", metavar="OUT")],
@@ -311,7 +259,8 @@ def _run(job: Job) -> NoReturn:
 
         summary = run(job)
     show.summary(summary)
-    report_after_run(job, summary.units)
+    if summary.rows:  # else a scheduled run that found nothing new would take as long as its report
+        report_after_run(job, summary.units)
     raise typer.Exit(ExitCode.STRICT if summary.failed_in_all else ExitCode.OK)
 
 

@@ -1,7 +1,9 @@
 """The flags of a task's command, made from the fields of Job: each key is written once, there."""
 
 import inspect
+import os
 from collections.abc import Callable
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -17,6 +19,28 @@ from schemas.job import KEYS, WHERE_AND_HOW_FAST
 # For the commands that know an output and no job.
 EndpointUrl = Annotated[
     str | None, typer.Option(help=KEYS["endpoint_url"].description, metavar="TEXT")
+]
+
+JobFile = Annotated[
+    Path, typer.Argument(help="the job, in YAML; - is standard input", metavar="JOB.yaml")
+]
+
+
+def _ask_for_tracebacks(asked: bool) -> None:
+    if asked:
+        os.environ["VL01_DEBUG"] = "1"
+
+
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug",
+        help="show the traceback of an error; so does VL01_DEBUG=1",
+        callback=_ask_for_tracebacks,
+        metavar="",
+        expose_value=False,
+        is_eager=True,
+    ),
 ]
 
 # The panel of the help that shows a key; a key in none of them stands with --help.
@@ -47,7 +71,7 @@ def with_flags(task: Task, command: Callable[..., None]) -> Callable[..., None]:
         *task.needs
     }
     fields = {key: field for key, field in KEYS.items() if key not in hidden}
-    return _add(command, [_parameter(key, field, task) for key, field in fields.items()])
+    return with_parameters(command, [_parameter(key, field, task) for key, field in fields.items()])
 
 
 def with_changes(command: Callable[..., None]) -> Callable[..., None]:
@@ -55,10 +79,13 @@ def with_changes(command: Callable[..., None]) -> Callable[..., None]:
     given: as it was in the run before."""
     given = {*inspect.signature(command).parameters, *_NOT_OF_RETRIES}
     fields = {k: f for k, f in KEYS.items() if k in WHERE_AND_HOW_FAST - given}
-    return _add(command, [_change(key, field) for key, field in fields.items()])
+    return with_parameters(command, [_change(key, field) for key, field in fields.items()])
 
 
-def _add(command: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
+def with_parameters(
+    command: Callable[..., None], parameters: list[inspect.Parameter]
+) -> Callable[..., None]:
+    """`command(**values)` with these for typer, beside the keyword parameters that it names."""
     named = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
     parameters = parameters + [p.replace(kind=p.KEYWORD_ONLY) for p in named]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -7,20 +7,25 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from jobs.show import growth
 from schemas.errors import ConfigError
 from schemas.estimate import Estimate, MemoryEstimate, RowsEstimate, Spread
 
-HELP = """Tell what a job will do, before any GPU starts. Writes nothing to OUT.
+HELP = """Tell what a run will do, before any GPU starts. Writes nothing to OUT.
 
-Lists the source and reads the headers of its images (of a sample of 1,024
-where there are more), checks all that a run checks, and shows rows, tiles,
-prompt tokens, memory, and, if the speed is known, hours and price. The speed
-is that of the last run on OUT with as many ranks and replicas, or what
---tokens-per-second says.
+Takes the arguments of the run, or its job file. Lists the source and reads
+the headers of its images (of a sample of 1,024 where there are more),
+checks all that a run checks, and shows rows, tiles, prompt tokens, memory,
+hours and price. Of a source that grows it tells what is new.
+
+The speed is that of an earlier run on OUT with as many ranks and replicas;
+else, for GPUs and the released model, that of the table that comes with the
+project. --bench and --tokens-per-second know better. It says which it took.
 
 [bold]Examples[/bold]
   vl01 plan job.yaml
-  vl01 plan job.yaml --tokens-per-second 20000 --gpu-hour-price 2.5
+  vl01 plan caption photos --output captions --model /models/vl01 --pp 8
+  vl01 plan job.yaml --bench slice.json --gpu-hour-price 2.5
   vl01 plan job.yaml --json - | jq .prompt_tokens.total
 
 [bold]Exit codes[/bold]
@@ -54,6 +59,7 @@ def show_plan(plan: Estimate) -> None:
     rows = sum(kind.rows for kind in plan.rows.values())
     facts = {
         "source": plan.source,
+        "new": growth(plan.growth) if plan.growth else "",
         "output": f"{plan.output}{_done(plan)}",
         "rows": _rows(plan.rows) if rows else "nothing is left to do",
     }
@@ -116,7 +122,7 @@ def _memory(memory: MemoryEstimate) -> str:
 
 def _speed(plan: Estimate) -> str:
     if (speed := plan.throughput) is None:
-        return "not known: no such run on OUT yet; give --tokens-per-second"
+        return "not known: no such run on OUT yet; give --bench or --tokens-per-second"
     return (
         f"{speed.tokens_per_second:,.0f} tokens/s, {speed.output_tokens:,.0f} written for a row "
         f"({speed.origin})"

@@ -134,6 +134,7 @@ class Committer:
             reasons=_counts(rows["reason"]),
             prompt_tokens=_sum(rows["prompt_tokens"]),
             output_tokens=_sum(rows["output_tokens"]),
+            tiles=_sum(rows["tiles"]),
         )
 
     def _write(
@@ -157,6 +158,7 @@ class Committer:
             reasons=whole.reasons,
             prompt_tokens=whole.prompt_tokens,
             output_tokens=whole.output_tokens,
+            tiles=whole.tiles,
             run=whole.run,
             committed_at=whole.at,
             growth=growth,

@@ -23,6 +23,7 @@ from pipeline.canary import CanarySettings
 from pipeline.canary_book import CanaryBook, SharedBook
 from pipeline.commit import Committer
 from pipeline.documents import write_documents
+from pipeline.estimate.estimate import foretold
 from pipeline.generate import Generate, GenerateSettings
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
@@ -38,7 +39,7 @@ from pipeline.stop import Stop
 from pipeline.tally import Tally
 from schemas.job import Job
 from schemas.ledger import PLAN, Growth, UnitKind
-from schemas.report import Summary
+from schemas.report import Foretold, Summary
 
 PREPARE_ROWS = 8
 RETRIES = 5  # of a batch whose worker or replica died under it, before the run stops
@@ -61,6 +62,7 @@ def run(job: Job) -> Summary:
         committer = Committer(ledger, lease)
         pending = committer.add_empty(pa.concat_tables([PLAN.empty_table(), *ledger.pending()]))
         if pending.num_rows:
+            tally.foretold = _foretold(job, model, source, ledger, pending, progress)
             progress.start(
                 pending.num_rows, "starting Ray, loading the model, computing the first answers"
             )
@@ -107,6 +109,20 @@ def plan_or_resume(job: Job, source: Source, ledger: Ledger, lease: Lease) -> Gr
         ledger.create(job, fingerprint, Plan.of(job, source), lease.run)
     ledger.clean_up()
     return ledger.grow(job, source) if planned and job.grow else None
+
+
+def _foretold(
+    job: Job, model: Model, source: Source, ledger: Ledger, pending: pa.Table, progress: Progress
+) -> Foretold | None:
+    """What a plan says of this run, for the report; it may cost the run nothing but a few seconds.
+    None where it would fetch addresses, which are asked once only."""
+    if UnitKind.LIST.value in pending["kind"].unique().to_pylist():
+        return None
+    progress.phase = "reading headers, to foretell the run"
+    try:
+        return foretold(job, model, source, ledger, pending)
+    except Exception:  # whatever it is, the run itself will meet it and say so
+        return None
 
 
 def has_documents(units: pa.Table) -> bool:

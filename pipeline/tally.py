@@ -13,7 +13,7 @@ from pipeline.metrics import RunMetrics
 from pipeline.progress import Progress
 from schemas.errors import EngineError, StoppedError
 from schemas.ledger import Growth, Work
-from schemas.report import Hardware, RunKind, RunRecord, Summary
+from schemas.report import Foretold, Hardware, RunKind, RunRecord, Summary
 
 FAILURES_COUNT_AFTER = 200  # rows: fewer say little about the rest
 _TIMED_BY_ROW = ("read", "prepare", "generate")
@@ -26,6 +26,7 @@ class Tally:
         self._progress = progress
         self._what: RunKind = what
         self.growth: Growth | None = None  # what the plan grew by, if it was to
+        self.foretold: Foretold | None = None
         self.hardware: Hardware | None = None  # known once Ray has started
         self.metrics: RunMetrics | None = None  # likewise
         self._started_at = now()
@@ -37,6 +38,7 @@ class Tally:
         self._copied = 0  # rows, from identical images
         self._prompt_tokens = 0
         self._output_tokens = 0
+        self._tiles = 0
 
     def generated(self, rows: pa.Table) -> None:
         """Rows in the GENERATED schema, as they leave the replicas."""
@@ -67,6 +69,7 @@ class Tally:
             self._reasons.update(work.reasons)
             self._prompt_tokens += work.prompt_tokens
             self._output_tokens += work.output_tokens
+            self._tiles += work.tiles
             self._progress.committed(1)
         if self.metrics:
             left = self._progress.pending_units - self._progress.committed_units
@@ -120,6 +123,8 @@ class Tally:
             output_tokens=self._output_tokens,
             stage_seconds=self._stage_seconds,
             hardware=self.hardware,
+            tiles=self._tiles,
+            foretold=self.foretold,
         )
 
     def summary(self, ledger: Ledger, committer: Committer, strict: bool) -> Summary:

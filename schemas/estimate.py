@@ -2,17 +2,22 @@
 
 from dataclasses import dataclass, field
 
+from schemas.ledger import Growth
+
 
 @dataclass(frozen=True)
 class Assumptions:
     """What a plan cannot find out by itself.
 
-    tokens_per_second: read and written, by all replicas together; None: from the last run.
+    tokens_per_second: read and written, by all replicas together. bench: a file that tells how fast
+    it goes: what `vl01 bench slice --json` wrote, or the report.json of another output. Without
+    either, the speed is that of the last run, or of the table that comes with the project.
     """
 
     gpu_memory_gib: float = 80.0
     gpu_hour_price: float | None = None
     tokens_per_second: float | None = None
+    bench: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class TimeEstimate:
 class Estimate:
     """units: still to do; units_done: committed by earlier runs on this output.
 
+    growth: what the source has grown by since it was planned; None if the job does not say so.
     rows: by kind of unit. exact: every header was read, so that only damage behind the headers is
     not foretold. reasons: of the rows that will fail. memory: None when the run is asked to use no
     GPU. time: None when no throughput is known.
@@ -96,6 +102,7 @@ class Estimate:
     reasons: dict[str, int]
     tiles: Spread
     prompt_tokens: Spread
+    growth: Growth | None = None
     memory: MemoryEstimate | None = None
     throughput: Throughput | None = None
     time: TimeEstimate | None = None

@@ -129,6 +129,7 @@ class Work:
     reasons: dict[str, int]
     prompt_tokens: int
     output_tokens: int
+    tiles: int = 0
 
     @property
     def rows(self) -> int:
@@ -155,6 +156,7 @@ class CommitRecord:
     output_tokens: int = 0
     run: str = ""
     committed_at: str = ""
+    tiles: int = 0
     growth: int = 0
     works: tuple[Work, ...] = ()
 
@@ -167,6 +169,7 @@ class CommitRecord:
             self.reasons,
             self.prompt_tokens,
             self.output_tokens,
+            self.tiles,
         )
         return self.works or (only,)
 

@@ -48,6 +48,24 @@ class Hardware:
 
 
 @dataclass(frozen=True)
+class Foretold:
+    """What a plan made right before a run said of it. failed: rows without a usable image.
+
+    seconds: None where no speed was known; speed: where it came from. exact: every header was
+    read.
+    """
+
+    rows: int
+    failed: int
+    tiles: int
+    prompt_tokens: int
+    exact: bool
+    seconds: float | None = None
+    gpu_hours: float | None = None
+    speed: str | None = None
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """_vl01/runs/<run>.json: what one run did, also one that was stopped before its end.
 
@@ -65,6 +83,8 @@ class RunRecord:
     stage_seconds: dict[str, float]
     hardware: Hardware | None = None
     what: RunKind = "run"
+    tiles: int = 0
+    foretold: Foretold | None = None
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
@@ -76,6 +96,8 @@ class RunRecord:
             values = json.loads(data)
             if values["hardware"] is not None:
                 values["hardware"] = Hardware(**values["hardware"])
+            if values.get("foretold") is not None:
+                values["foretold"] = Foretold(**values["foretold"])
             return cls(**values)
         except (ValueError, TypeError, KeyError) as error:
             raise LedgerError(f"{where} is not the record of a run: {error}") from error
@@ -105,6 +127,7 @@ class RunFigures:
     """One run as the report tells it. hardware and stage_seconds: empty of a run that was killed.
 
     seconds: on the wall, loading the model included; to its last commit if it was killed.
+    failed, tiles, foretold: of runs that left a record.
     """
 
     run: str
@@ -116,6 +139,9 @@ class RunFigures:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     hardware: Hardware | None = None
     what: RunKind = "run"
+    failed: int = 0
+    tiles: int = 0
+    foretold: Foretold | None = None
 
 
 @dataclass(frozen=True)

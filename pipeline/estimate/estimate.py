@@ -1,7 +1,13 @@
 """The whole plan of a run on one screen: check, list, sample, and reckon what it will take."""
 
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import pyarrow as pa
 
 from model.inputs.images import DecodeLimits
 from pipeline.estimate.gpus import engine_config, memory_estimate
@@ -12,18 +18,20 @@ from pipeline.estimate.throughput import find_throughput, time_estimate
 from pipeline.ledger import Ledger
 from pipeline.model import Model, model_revision, open_model
 from pipeline.plan import Plan, units_of
+from pipeline.plan_file import PLAN_FILE, read_plan
 from pipeline.read import quickly, read_settings
 from pipeline.sources import Source, open_source
 from schemas.errors import Reason
-from schemas.estimate import Assumptions, Estimate, MemoryEstimate, RowsEstimate, Spread
+from schemas.estimate import Assumptions, Estimate, MemoryEstimate, RowsEstimate
 from schemas.job import Job
 from schemas.ledger import Unit, UnitKind
+from schemas.report import Foretold
 
 _GIB = 1024**3
 
 
 def estimate(job: Job, assumptions: Assumptions) -> Estimate:
-    """What a run of this job would do now. Writes nothing, starts nothing.
+    """What a run of this job would do now. Writes nothing, and starts nothing on GPUs.
 
     Raises ConfigError for all that would stop that run later, as far as this machine can tell.
     """
@@ -31,29 +39,75 @@ def estimate(job: Job, assumptions: Assumptions) -> Estimate:
     source = open_source(job.source, job.endpoint_url)
     ledger = Ledger(job.output, job.endpoint_url)
     ledger.check()
-    resumes = ledger.resume(job.fingerprint(model_revision(job)))
-    units = _pending(ledger) if resumes else _planned(source, job)
+    if job.address != "local":
+        _check_cluster(job)
+    if not ledger.resume(job.fingerprint(model_revision(job))):
+        told = foretell(job, model, source, _planned(source, job), None, assumptions)
+        return replace(told, output=ledger.output)
+    if not job.grow:
+        return foretell(job, model, source, _pending(ledger), ledger, assumptions)
+    with tempfile.TemporaryDirectory() as folder:
+        growth = ledger.find_growth(job, source, Path(folder))
+        units = chain(_pending(ledger), _grown(ledger, Path(folder)))
+        told = foretell(job, model, source, units, ledger, assumptions)
+    return replace(told, growth=growth)
+
+
+def foretold(job: Job, model: Model, source: Source, ledger: Ledger, pending: pa.Table) -> Foretold:
+    """The plan of a run that is about to begin, for its report."""
+    units = units_of(pending)
+    told = foretell(job, model, source, units, ledger, Assumptions())
+    return Foretold(
+        rows=sum(kind.rows for kind in told.rows.values()),
+        failed=sum(told.reasons.values()),
+        tiles=told.tiles.total,
+        prompt_tokens=told.prompt_tokens.total,
+        exact=told.exact,
+        seconds=told.time and told.time.seconds,
+        gpu_hours=told.time and told.time.gpu_hours,
+        speed=told.throughput and told.throughput.origin,
+    )
+
+
+def foretell(
+    job: Job,
+    model: Model,
+    source: Source,
+    units: Iterable[Unit],
+    ledger: Ledger | None,
+    assumptions: Assumptions,
+) -> Estimate:
+    """What doing these units will take. ledger: of the output, when it holds this job's rows."""
     kinds = survey(units, _header_reader(job, source, model))
     tiles, prompts, reasons = _reckon(model, kinds)
     usable = sum(weight for _, weight in prompts)
     tokens = spread(prompts)
-    throughput = find_throughput(job, ledger if resumes else None, assumptions)
+    prompt = tokens.total / usable if usable else 0.0
+    throughput = find_throughput(job, model.config.text, ledger, assumptions, prompt)
     return Estimate(
         source=source.address,
-        output=ledger.output,
+        output=ledger.output if ledger else job.output,
         units=sum(kind.units for kind in kinds.values()),
-        units_done=int(ledger.committed().sum()) if resumes else 0,
+        units_done=int(ledger.committed().sum()) - len(ledger.outdated()) if ledger else 0,
         rows={name.value: _rows(kind) for name, kind in kinds.items()},
         exact=all(kind.whole for kind in kinds.values()),
         reasons={reason: round(count) for reason, count in reasons.items()},
         tiles=spread(tiles),
         prompt_tokens=tokens,
-        memory=_memory(job, model, tokens, usable, assumptions),
+        memory=_memory(job, model, prompt, assumptions),
         throughput=throughput,
         time=throughput
         and time_estimate(throughput, tokens.total, usable, assumptions.gpu_hour_price),
         assumptions=assumptions,
     )
+
+
+def _check_cluster(job: Job) -> None:
+    """Raises ConfigError when no cluster answers at the address, or it has too few GPUs."""
+    from pipeline.placement import place, ray_session  # Ray takes seconds to import
+
+    with ray_session(job.address):
+        place(job)
 
 
 def _planned(source: Source, job: Job) -> Iterator[Unit]:
@@ -67,6 +121,17 @@ def _pending(ledger: Ledger) -> Iterator[Unit]:
     """The units that earlier runs on this output have left."""
     for units in ledger.pending():
         yield from units_of(units)
+
+
+def _grown(ledger: Ledger, folder: Path) -> Iterator[Unit]:
+    """What a growth in a folder adds to the pending units: of those it changes nothing."""
+    done, outdated = ledger.committed(), ledger.outdated()
+    with (folder / PLAN_FILE).open("rb") as file:
+        for table in read_plan(file):
+            for unit in units_of(table):
+                number = unit.number
+                if number >= len(done) or (done[number] and number not in outdated):
+                    yield unit
 
 
 def _header_reader(job: Job, source: Source, model: Model) -> HeaderReader:
@@ -111,12 +176,11 @@ def _rows(kind: Survey) -> RowsEstimate:
 
 
 def _memory(
-    job: Job, model: Model, tokens: Spread, usable: float, assumptions: Assumptions
+    job: Job, model: Model, prompt: float, assumptions: Assumptions
 ) -> MemoryEstimate | None:
     """None on CPU. Raises ConfigError when the GPUs asked for are too small."""
     engine = engine_config(job)
     if not engine.on_cuda:
         return None
-    prompt = tokens.total / usable if usable else 0
     gpu_bytes = int(assumptions.gpu_memory_gib * _GIB)
     return memory_estimate(model.config, engine, gpu_bytes, prompt + job.max_new_tokens)

@@ -83,7 +83,7 @@ def survey(units: Iterable[Unit], headers: HeaderReader) -> dict[UnitKind, Surve
 
 def _count(units: Iterable[Unit]) -> dict[UnitKind, Kind]:
     kinds = {kind: Kind(most) for kind, most in _CLUSTERS.items()}
-    for unit in units:
+    for unit in (unit for unit in units if unit.rows != 0):
         kind = kinds[unit.kind]
         kind.units += 1
         kind.rows += unit.rows or len(unit.items)

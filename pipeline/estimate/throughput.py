@@ -1,29 +1,44 @@
 """How long the work will take, from what is known of the speed; nothing is made up here."""
 
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from model.config import TextConfig
+from pipeline.estimate.measured import TABLE, Bench, read_bench, read_json
 from pipeline.ledger import Ledger
-from pipeline.storage import list_flat
-from schemas.errors import LedgerError
+from pipeline.report.runs import run_records
+from schemas.errors import ConfigError
 from schemas.estimate import Assumptions, Throughput, TimeEstimate
 from schemas.job import Job
 from schemas.report import Hardware, RunRecord
 from schemas.rows import Status
 
+_RELEASED_LAYERS, _RELEASED_HIDDEN = 80, 6144  # the network that the table is of
+_LATEST = 10  # runs that may tell the speed
 
-def find_throughput(job: Job, ledger: Ledger | None, assumptions: Assumptions) -> Throughput | None:
-    """What the user says; else what the last run on this output with as many ranks and replicas
-    reached. None when neither is known.
 
-    ledger: of the output, when it holds this job's rows.
+def find_throughput(
+    job: Job, text: TextConfig, ledger: Ledger | None, assumptions: Assumptions, prompt: float
+) -> Throughput | None:
+    """What the user says; else what a run on this output with as many ranks and replicas reached;
+    else, for the released network on GPUs, what the table says. None when nothing is known.
+
+    ledger: of the output, when it holds this job's rows. prompt: tokens of one, on average. Raises
+    ConfigError when the file that should tell does not.
     """
-    measured = _last_run(job, ledger) if ledger else None
-    if assumptions.tokens_per_second is None:
+    measured = _of_runs(job, run_records(ledger)[0].values(), "on this output") if ledger else None
+    output_tokens = measured.output_tokens if measured else float(job.max_new_tokens)
+    if assumptions.tokens_per_second is not None:
+        gpus = 0 if job.device == "cpu" else job.pp * job.replicas
+        origin = "--tokens-per-second" + _as_if(measured)
+        return Throughput(assumptions.tokens_per_second, output_tokens, gpus, origin)
+    if assumptions.bench is not None:
+        return _of_file(job, text, Path(assumptions.bench), prompt, output_tokens, _as_if(measured))
+    if measured or not _is_released(job, text):
         return measured
-    gpus = 0 if job.device == "cpu" else job.pp * job.replicas
-    origin = "--tokens-per-second"
-    if measured:
-        return Throughput(assumptions.tokens_per_second, measured.output_tokens, gpus, origin)
-    origin += "; as if every answer had --max-new-tokens"
-    return Throughput(assumptions.tokens_per_second, job.max_new_tokens, gpus, origin)
+    table = next((bench for bench in TABLE if bench.quantization == job.quantization), None)
+    return table and _of_bench(job, text, table, prompt, output_tokens, _as_if(measured))
 
 
 def time_estimate(
@@ -40,32 +55,97 @@ def time_estimate(
     )
 
 
-def _last_run(job: Job, ledger: Ledger) -> Throughput | None:
-    """Of the runs told in _vl01/runs, whose names begin with their time."""
-    for name in sorted(list_flat(ledger.fs, f"{ledger.root}/_vl01/runs"), reverse=True):
-        if name.endswith(".json") and (found := _throughput(job, ledger, name)):
-            return found
-    return None
+def _as_if(measured: Throughput | None) -> str:
+    return "" if measured else "; as if every answer had --max-new-tokens"
 
 
-def _throughput(job: Job, ledger: Ledger, name: str) -> Throughput | None:
-    """None when the run did nothing, ran otherwise, or its record is of another version."""
-    try:
-        run = RunRecord.from_json(ledger.read(f"runs/{name}"), name)
-    except LedgerError:
-        return None
-    tokens = run.prompt_tokens + run.output_tokens
-    answered = sum(n for status, n in run.rows.items() if status != Status.FAILED)
-    if not (tokens and answered and run.seconds and run.hardware and _alike(job, run.hardware)):
-        return None
-    return Throughput(
-        tokens_per_second=tokens / run.seconds,
-        output_tokens=run.output_tokens / answered,
-        gpus=run.hardware.gpus,
-        origin=f"run {run.run} on this output, its start included",
+def _is_released(job: Job, text: TextConfig) -> bool:
+    size = text.num_layers, text.hidden_size
+    return job.device != "cpu" and size == (_RELEASED_LAYERS, _RELEASED_HIDDEN)
+
+
+def _of_file(
+    job: Job, text: TextConfig, path: Path, prompt: float, output_tokens: float, as_if: str
+) -> Throughput:
+    values = read_json(path)
+    if "workloads" in values:
+        bench = read_bench(values, path)
+        if bench.quantization != job.quantization:
+            raise ConfigError(
+                f"--bench {path} was measured with --quantization {bench.quantization}; the job has"
+                f" {job.quantization}"
+            )
+        return _of_bench(job, text, bench, prompt, output_tokens, as_if)
+    if found := _of_runs(job, _reported(values), f"of {path}"):
+        return found
+    raise ConfigError(
+        f"--bench {path} tells of no run with --pp {job.pp} and --replicas {job.replicas}; expected"
+        " what vl01 bench slice --json writes, or the report.json of such a run"
     )
 
 
-def _alike(job: Job, hardware: Hardware) -> bool:
-    same_device = job.device in ("auto", hardware.device)
-    return same_device and (job.pp, job.replicas) == (hardware.ranks, hardware.replicas)
+def _of_bench(
+    job: Job, text: TextConfig, bench: Bench, prompt: float, output_tokens: float, as_if: str
+) -> Throughput:
+    """Ranks share the layers: as many of them do as many times the work of one."""
+    work = bench.nearest(prompt)
+    on_gpus = bench.device != "CPU"
+    gpus = job.pp * job.replicas if on_gpus else 0
+    whole = work.tokens_per_second * bench.layers / text.num_layers * (gpus or 1)
+    origin = (
+        f"{bench.origin}: {bench.device}, workload {work.name}, {bench.layers} of"
+        f" {text.num_layers} layers{f', times {gpus} GPUs' if gpus else ''}{as_if}"
+    )
+    return Throughput(whole, output_tokens, gpus, origin)
+
+
+def _reported(report: dict[str, Any]) -> list[RunRecord]:
+    """The runs of a report.json. Raises ConfigError."""
+    try:
+        return [
+            RunRecord(
+                run=run["run"],
+                started_at=run["started_at"],
+                finished_at="",
+                seconds=run["seconds"],
+                rows={Status.OK: run["rows"] - run["failed"], Status.FAILED: run["failed"]},
+                prompt_tokens=run["prompt_tokens"],
+                output_tokens=run["output_tokens"],
+                stage_seconds={},
+                hardware=Hardware(**run["hardware"]) if run["hardware"] else None,
+            )
+            for run in report["runs"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"--bench: no report of this version of vl01: {error}") from error
+
+
+def _of_runs(job: Job, runs: Iterable[RunRecord], where: str) -> Throughput | None:
+    """Of the last runs that worked alike the one that did most: a short one tells of its start."""
+    latest = sorted((run for run in runs if _alike(job, run)), key=lambda run: run.run)[-_LATEST:]
+    if not latest:
+        return None
+    run = max(latest, key=lambda run: (_tokens(run), run.run))
+    assert run.hardware
+    return Throughput(
+        tokens_per_second=_tokens(run) / run.seconds,
+        output_tokens=run.output_tokens / _answered(run),
+        gpus=run.hardware.gpus,
+        origin=f"run {run.run} {where}, its start included",
+    )
+
+
+def _alike(job: Job, run: RunRecord) -> bool:
+    """Whether a run did something, as the job would do it."""
+    if not (_tokens(run) and _answered(run) and run.seconds and run.hardware):
+        return False
+    same_device = job.device in ("auto", run.hardware.device)
+    return same_device and (job.pp, job.replicas) == (run.hardware.ranks, run.hardware.replicas)
+
+
+def _tokens(run: RunRecord) -> int:
+    return run.prompt_tokens + run.output_tokens
+
+
+def _answered(run: RunRecord) -> int:
+    return sum(n for status, n in run.rows.items() if status != Status.FAILED)

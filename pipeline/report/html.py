@@ -12,7 +12,7 @@ from pipeline.progress import clock
 from pipeline.report.charts import NARROW, WIDE, histogram, short_number, throughput
 from pipeline.report.contact_sheet import Cell
 from pipeline.report.sample import RANDOM
-from schemas.report import Report
+from schemas.report import Cost, Report, RunFigures
 from schemas.rows import Status
 
 # Names on the page, and what their numbers are rounded to.
@@ -33,8 +33,11 @@ def page(report: Report, job: dict[str, Any], cells: list[Cell]) -> str:
         for name, (title, digits) in _DISTRIBUTIONS.items()
         if (values := report.distributions[name]).count
     }
+    planned = next((run for run in reversed(report.runs) if run.foretold), None)
     return _template().render(
         report=report,
+        planned=planned,
+        compared=compared(planned, report.cost) if planned else [],
         job=job,
         statuses=[(s.value, n) for s in Status if (n := report.statuses.get(s, 0))],
         reasons=sorted(report.reasons.items(), key=lambda item: (-item[1], item[0])),
@@ -45,6 +48,32 @@ def page(report: Report, job: dict[str, Any], cells: list[Cell]) -> str:
         by_risk=[cell for cell in cells if cell.why != RANDOM],
         most_text=_MOST_TEXT,
     )
+
+
+def compared(run: RunFigures, cost: Cost | None) -> list[tuple[str, str, str]]:
+    """(what, as it was foretold, as it was) of a run."""
+    told = run.foretold
+    assert told
+    lines = [
+        ("Rows", f"{told.rows:,}", f"{run.rows:,}"),
+        ("Failed", f"{told.failed:,}", f"{run.failed:,}"),
+        ("Tiles", f"{told.tiles:,}", f"{run.tiles:,}"),
+        ("Prompt tokens", f"{told.prompt_tokens:,}", f"{run.prompt_tokens:,}"),
+        ("Time", "\u2013" if told.seconds is None else clock(told.seconds), clock(run.seconds)),
+    ]
+    if run.hardware and run.hardware.gpus:
+        measured = run.seconds * run.hardware.gpus / 3600
+        hours = told.gpu_hours
+        lines.append(("GPU hours", _hours(hours), _hours(measured)))
+        if cost:
+            price = cost.gpu_hour_price
+            priced = None if hours is None else hours * price
+            lines.append(("Cost", _hours(priced), _hours(measured * price)))
+    return lines
+
+
+def _hours(number: float | None) -> str:
+    return "\u2013" if number is None else f"{number:,.2f}"
 
 
 @cache

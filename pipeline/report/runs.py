@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.ledger import Ledger
 from schemas.ledger import CommitRecord
 from schemas.report import Cost, RunFigures, RunRecord, Throughput
+from schemas.rows import Status
 
 _MOST_BINS = 60
 _STARTED = re.compile(r"(\d{8}T\d{6})Z-")
@@ -81,6 +82,9 @@ def _recorded(figures: RunFigures, record: RunRecord) -> RunFigures:
         stage_seconds=record.stage_seconds,
         hardware=record.hardware,
         what=record.what,
+        failed=record.rows.get(Status.FAILED, 0),
+        tiles=record.tiles,
+        foretold=record.foretold,
     )
     if record.what == "run":
         return figures

@@ -54,6 +54,15 @@ def test_a_plan_shows_what_the_run_will_read_and_cost(vl01, job, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_takes_the_arguments_of_the_run(vl01, job, checkpoint, tmp_path):
+    keys = ("--output", tmp_path / "out", "--model", checkpoint, "--max-new-tokens", 10)
+    code, shown, wrong = vl01("plan", "caption", tmp_path / "in", *keys, "--pp", 2, "--json", "-")
+    assert (code, wrong) == (ExitCode.OK, "")
+    _, of_file, _ = vl01("plan", job, "--json", "-")
+    _, by_name, _ = vl01("plan", "run", "--json", "-", job)
+    assert json.loads(shown) == json.loads(of_file) == json.loads(by_name)
+
+
 def test_an_unknown_speed_is_said_to_be_unknown(vl01, job):
     _, shown, _ = vl01("plan", job)
     assert "not known" in shown

@@ -6,6 +6,7 @@ import sys
 import time
 import tracemalloc
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from pipeline.storage import make_folder
 from schemas.errors import ConfigError, Reason
 from schemas.estimate import Assumptions, Estimate
 from schemas.job import Job
-from schemas.ledger import UnitKind
+from schemas.ledger import CommitRecord, UnitKind
 from schemas.report import Hardware, RunRecord
 from tests.documents import encrypted_pdf, pdf, tiff
 from tests.http_server import serve
@@ -366,6 +367,46 @@ def test_only_what_is_left_is_planned(tmp_path, job):
     done = plan(job)
     assert (done.units, done.units_done, done.rows) == (0, 3, {})
     assert done.prompt_tokens.total == 0
+
+
+def test_what_a_source_has_grown_by_is_planned_and_nothing_is_written(tmp_path, job):
+    images = [image for image in good_images(60) if not image[0].endswith("tif")]
+    write_folder(tmp_path / "source", images[:40])
+    ledger = begin(job)
+    for unit in range(3):
+        record = CommitRecord(unit, ledger.part_name(unit), 16, 1, "sha", {"ok": 16})
+        ledger.write(f"commits/{unit:09}.json", record.to_json())
+    job = job.model_copy(update={"grow": True, "settle_seconds": 0.0})
+    nothing = plan(job)
+    assert (nothing.units, nothing.rows) == (0, {})
+    write_folder(tmp_path / "source" / "new", images[40:46])
+    (tmp_path / "source" / images[3][0]).write_bytes(images[4][1] + b"x")
+    before = tree(tmp_path)
+    told = plan(job)
+    assert tree(tmp_path) == before
+    assert told.growth is not None
+    assert (told.growth.new_files, told.growth.changed_files) == (6, 1)
+    assert sum(kind.rows for kind in told.rows.values()) == 7
+    assert (told.units, told.units_done) == (2, 3)
+
+
+def test_a_cluster_that_is_too_small_stops_the_plan(tmp_path, job, monkeypatch):
+    write_folder(tmp_path / "source", good_images(1))
+    asked = []
+
+    @contextmanager
+    def session(address):
+        asked.append(address)
+        yield
+
+    monkeypatch.setattr("pipeline.placement.ray_session", session)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4, "GPU": 2})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"GPU": 2}}])
+    with pytest.raises(ConfigError, match="takes GPUs: 4; the cluster has: 2"):
+        plan(job.model_copy(update={"address": "10.0.0.1:6379", "replicas": 4}))
+    assert asked == ["10.0.0.1:6379"]
+    plan(job.model_copy(update={"replicas": 4}))  # where it will run is not known
+    assert len(asked) == 1
 
 
 def test_the_weights_of_each_rank_are_counted_as_they_are_loaded(job):
