@@ -18,6 +18,8 @@ from jobs import plan, show, show_status, submit
 from jobs.bench import cli as bench
 from jobs.config import TASKS, absolute_address, job_from_file, job_from_flags, job_of_retry
 from jobs.flags import Debug, EndpointUrl, JobFile, with_changes, with_flags
+from jobs.quantize import HELP as _QUANTIZE
+from jobs.quantize import quantize
 from jobs.report import HELP as _REPORT
 from jobs.report import report, report_after_run
 from jobs.task import Task
@@ -242,6 +244,7 @@ def verify(
 
 
 app.command("report", help=_REPORT)(report)
+app.command("quantize", help=_QUANTIZE)(quantize)
 
 
 @contextmanager

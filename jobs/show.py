@@ -85,6 +85,11 @@ def report(written: "Written") -> None:
         error(problem)
 
 
+def quantized(facts: dict[str, str]) -> None:
+    """What `vl01 quantize` read and wrote."""
+    _facts(facts)
+
+
 def _facts(facts: dict[str, str]) -> None:
     console = Console(highlight=False, soft_wrap=True, emoji=False)
     for name, value in facts.items():

@@ -4,6 +4,7 @@ Knows no format and no tensor, and imports no torch.
 """
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from uuid import uuid4
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -25,6 +27,7 @@ T = TypeVar("T")
 
 READ_TRIES = 6
 READ_FIRST_WAIT_S = 0.5  # doubled after every try: 15.5 s in all
+UNFINISHED = ".part"  # ends the names of files that are being written
 _S3 = ("s3", "s3a")
 # These will not be otherwise a second later.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -150,6 +153,8 @@ class Folder:
 
     def read_into(self, name: str, offset: int, target: memoryview) -> None:
         """Fill `target` with the bytes of a file from `offset` on. Safe to call from threads."""
+        if not target:  # an empty range would be taken for none at all
+            return
         read = self._read_local if self.is_local else self._read_remote
         found = self._patiently(name, lambda: read(self.path(name), offset, target))
         if found < len(target):
@@ -175,6 +180,8 @@ class Folder:
 
     def _read_remote(self, path: str, offset: int, target: memoryview) -> int:
         data = _bytes(self.fs.cat_file(path, start=offset, end=offset + len(target)))
+        if len(data) > len(target):
+            raise OSError(f"asked for {len(target):,} bytes, the storage sent {len(data):,}")
         target[: len(data)] = data
         return len(data)
 
@@ -201,6 +208,48 @@ class Folder:
             for name in self.files().keys() & set(names):
                 (Path(scratch) / name).write_bytes(self.read(name))
             yield Path(scratch)
+
+    def inside(self, name: str) -> "Folder":
+        """A folder in it."""
+        return Folder(self.describe(name), self.endpoint_url)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Any]:
+        """A file to write into, which on a disk is there whole or not at all. On other storage it
+        may be cut short when the writing fails. Raises what the storage raises."""
+        if not self.is_local:
+            with self.fs.open(self.path(name), "wb") as file:
+                yield file
+            return
+        path = Path(self.path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{uuid4().hex}{UNFINISHED}")
+        try:
+            with unfinished.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def write(self, name: str, data: bytes) -> None:
+        """A whole file. Raises what the storage raises."""
+        with self.writing(name) as file:
+            file.write(data)
+
+    def remove(self, name: str) -> None:
+        """A file. Raises what the storage raises."""
+        self.fs.rm_file(self.path(name))
+
+    def free_bytes(self) -> int | None:
+        """What still fits on its disk; None where that cannot be said."""
+        if not self.is_local:
+            return None
+        path = Path(self._opened[1])
+        while not path.exists():
+            path = path.parent
+        return shutil.disk_usage(path).free
 
 
 Checkpoint = str | Path | Folder

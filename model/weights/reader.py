@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,9 +56,9 @@ def pieces_of(tensor: StoredTensor) -> Iterator[Piece]:
     return (Piece(tensor, row) for row in range(0, rows, tensor.piece_rows))
 
 
-def digest(data: memoryview) -> str:
-    """16 hex digits of SHA-256."""
-    return hashlib.sha256(data).hexdigest()[:16]
+def short_digest(sha256: Any) -> str:
+    """16 hex digits, as the index keeps them."""
+    return sha256.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,16 @@ def _reads(tensors: Iterable[StoredTensor]) -> list[_Read]:
 
 
 class ShardReader:
-    """Reads from one checkpoint. `bytes_read` counts. pinned: into memory that a GPU can fetch."""
+    """Reads from one checkpoint. `bytes_read` counts.
 
-    def __init__(self, folder: Folder, *, pinned: bool = False) -> None:
+    pinned: into memory that a GPU can fetch. threads: ranges read at a time; None: as many as suit
+    the storage.
+    """
+
+    def __init__(self, folder: Folder, *, pinned: bool = False, threads: int | None = None) -> None:
         self._folder = folder
         self._pinned = pinned
-        self._threads = _LOCAL_THREADS if folder.is_local else _REMOTE_THREADS
+        self._threads = threads or (_LOCAL_THREADS if folder.is_local else _REMOTE_THREADS)
         self.bytes_read = 0
 
     def pieces(self, tensors: Iterable[StoredTensor]) -> Iterator[tuple[Piece, Tensor]]:
@@ -157,7 +162,7 @@ class ShardReader:
             start += piece.nbytes
 
     def _check(self, piece: Piece, data: memoryview) -> None:
-        if (found := digest(data)) != piece.digest:
+        if (found := short_digest(hashlib.sha256(data))) != piece.digest:
             raise CheckpointError(
                 f"{self._folder.describe(piece.tensor.shard)} is damaged or was changed: the "
                 f"SHA-256 of {piece.tensor.name} from row {piece.first_row} on begins with "

@@ -57,7 +57,12 @@ class StoredTensor:
 
     @property
     def piece_rows(self) -> int:
-        return max(1, PIECE_BYTES // self.row_bytes)
+        return piece_rows(self.row_bytes)
+
+
+def piece_rows(row_bytes: int) -> int:
+    """Rows of a piece, but for the last one of a tensor."""
+    return max(1, PIECE_BYTES // row_bytes)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def test_a_stranger_finds_the_way_from_the_top_level_help(vl01):
     assert unwrapped in [line.strip() for line in out.splitlines()]
 
 
-@pytest.mark.parametrize("command", ["caption", "ocr", "extract", "run", "verify"])
+@pytest.mark.parametrize("command", ["caption", "ocr", "extract", "run", "verify", "quantize"])
 def test_every_command_explains_itself(vl01, command):
     code, out, _ = vl01(command, "--help")
     assert code == 0

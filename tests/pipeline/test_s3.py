@@ -9,10 +9,15 @@ import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from moto.server import ThreadedMotoServer
 
+from model.files import Folder
+from model.weights.checkpoint import load_decoder
+from model.weights.convert import Quantizer
 from pipeline import lease, storage
 from pipeline.ledger import Ledger
+from pipeline.model import model_folder, model_revision, open_model
 from pipeline.plan import Plan
 from pipeline.read import ReadSettings, read_unit
 from pipeline.sources import open_source
@@ -20,6 +25,7 @@ from pipeline.storage import list_flat, open_fs
 from pipeline.verify import verify
 from schemas.errors import ConfigError
 from schemas.ledger import Unit, UnitKind
+from tests.model.conftest import write_tiny
 from tests.pipeline.fake_run import job_of, run
 from tests.pipeline.test_read import tar_of
 
@@ -158,3 +164,34 @@ def test_a_server_that_is_not_there_is_a_clear_line(monkeypatch):
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
     with pytest.raises(ConfigError, match="s3://data/x"):
         open_source("s3://data/x", "http://127.0.0.1:9")
+
+
+def test_a_checkpoint_in_a_bucket_is_the_same_model(s3, server, tmp_path):
+    checkpoint = write_tiny(tmp_path / "ckpt")
+    for path in checkpoint.iterdir():
+        s3.put_object(Bucket="data", Key=f"ckpt/{path.name}", Body=path.read_bytes())
+    here = job_of("x", "y").model_copy(update={"model": str(checkpoint)})
+    there = here.model_copy(update={"model": "s3://data/ckpt", "endpoint_url": server})
+    assert open_model(there) == open_model(here)
+    assert model_revision(there) == model_revision(here)
+    quantizer = Quantizer(model_folder(there), Folder("s3://out/int8", server))
+    quantizer.run(2)
+    quantizer.read_back()
+    int8 = there.model_copy(update={"model": "s3://out/int8"})
+    assert model_revision(int8) == model_revision(here)
+    how = {"dtype": torch.bfloat16, "device": "cpu"}
+    expected = dict(load_decoder(checkpoint, range(2, 8), **how).named_parameters())
+    for job in (there, int8):
+        folder = pickle.loads(pickle.dumps(model_folder(job)))  # as a rank gets it
+        for name, parameter in load_decoder(folder, range(2, 8), **how).named_parameters():
+            assert torch.equal(parameter, expected[name])
+    s3.delete_object(Bucket="out", Key="int8/layer-3.safetensors")
+    with pytest.raises(ConfigError, match=r"s3://out/int8/layer-3\.safetensors is missing"):
+        open_model(int8)
+
+
+@pytest.mark.parametrize("model", ["s3://nobody/ckpt", "s3://data/nowhere"])
+def test_a_model_that_is_not_in_its_bucket_is_one_clear_line(s3, server, model):
+    job = job_of("x", "y", endpoint_url=server).model_copy(update={"model": model})
+    with pytest.raises(ConfigError, match=rf"{model} has no config\.json\. Expected"):
+        open_model(job)
