@@ -1,10 +1,11 @@
-"""The products of linear.py and experts.py for prompts, in Gluon: 128 tokens by 256 weight rows.
+"""Products in one persistent Gluon kernel: of int8 inputs, and of experts with 64 rows and more.
 
-One persistent kernel: a warp copies tiles of x and of the weight to shared memory while eight
-others multiply, and always have the next step queued behind the one at work. Either x is int8 too,
-or the weight is upcast to bf16 in registers, as wgmma's first operand (y^T = W x^T): Triton lets
-one write neither. T tokens, R rows (a token's choices), N rows of the weight, K columns, E experts,
-D hidden, F expert width.
+A warp copies tiles of x and of the weight to shared memory while eight others multiply, with the
+next step always queued behind the one at work, which Triton does not do for int8. Either x is int8
+too (1,285 TFLOP/s on an H100), or the weight is upcast to bf16 in registers, as wgmma's first
+operand (y^T = W x^T): the same bits as wide.py, whose larger tiles do better with many rows.
+T tokens, R rows (a token's choices), N rows of the weight, K columns, E experts, D hidden, F expert
+width.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -86,8 +87,8 @@ def _launch(
     x_RK: Tensor, x_scale, weight_GNK, scale, y, tiles, places=None, sorted_rows=None,
     weights=None, *, HALVES=1, SILU=False,
 ):  # fmt: skip
-    """One product. `tiles` is their number, or with `places` a tensor that holds it; with
-    `sorted_rows`, rows of y go there, times their routing weights."""
+    """One product; x_scale is read if x is int8. `tiles` is their number, or with `places` a tensor
+    that holds it; with `sorted_rows`, rows of y go there, times their routing weights."""
     outputs, width = weight_GNK.shape[1:]
     upcast = x_RK.dtype != torch.int8
     x_layout, weight_layout = _LAYOUTS[upcast]
