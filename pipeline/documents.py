@@ -2,6 +2,7 @@
 
     OUT/_vl01/documents/part-000000123.parquet  the documents of unit 123
     OUT/_vl01/markdown/NAME.md                  the text of the document NAME
+    OUT/_vl01/markdown/LIST/ADDRESS.md          of one in a list, its address percent-encoded
 
 A unit holds whole documents, so each of these parts follows from one part of the dataset; it is
 written again when that one has changed. Holds one unit in memory for each of a few threads.
@@ -12,11 +13,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.ledger import Ledger
+from pipeline.lists import is_one_row
 from pipeline.plan import row_id, units_of
 from pipeline.sources import Source
 from pipeline.storage import PatientFile, make_folder
@@ -26,7 +29,7 @@ from schemas.ledger import Unit, UnitKind
 from schemas.rows import DOCUMENTS, Status
 
 SEPARATOR = "\n\n"  # between two pages that have a text
-_COLUMNS = ["row_id", "source", "page", "status", "reason", "text"]
+_COLUMNS = ["row_id", "source", "member", "page", "status", "reason", "text"]
 _FOLDER = "documents"
 _OF_PART = b"vl01.part_sha256"  # of the part that the documents follow from
 _MARKDOWN = b"vl01.markdown"  # whether their .md files were written before them
@@ -56,7 +59,7 @@ def write_documents(job: Job, ledger: Ledger, source: Source) -> None:
         ) from error
 
 
-def join_pages(source: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def join_pages(source: str, member: str | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A row in the DOCUMENTS schema, of the OUTPUT rows of one document, in any order.
 
     A page without a text takes no place; what could not be opened or reached has no number and
@@ -80,6 +83,7 @@ def join_pages(source: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     statuses = Counter(row["status"] for row in rows)
     return {
         "source": source,
+        "member": member,
         "page_count": max((row["page"] for row in rows if row["page"] is not None), default=None),
         "text": "".join(pieces),
         **{status.value: statuses[status.value] for status in Status},
@@ -90,10 +94,14 @@ def join_pages(source: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _committed(ledger: Ledger) -> Iterator[list[Unit]]:
     done = ledger.committed()
     for table in ledger.planned():
-        units = [unit for unit in units_of(table) if unit.kind is UnitKind.DOCUMENTS]
-        units = [unit for unit in units if done[unit.number]]
+        units = [unit for unit in units_of(table) if done[unit.number] and _may_hold(unit)]
         for start in range(0, len(units), _AHEAD):  # `map` does not wait for its reader
             yield units[start : start + _AHEAD]
+
+
+def _may_hold(unit: Unit) -> bool:
+    """Whether there may be documents in a unit."""
+    return unit.kind is UnitKind.DOCUMENTS or (unit.kind is UnitKind.LIST and unit.rows is None)
 
 
 def _write_unit(ledger: Ledger, source: Source, unit: Unit, markdown: bool) -> None:
@@ -118,12 +126,19 @@ def _write_unit(ledger: Ledger, source: Source, unit: Unit, markdown: bool) -> N
 def _documents(ledger: Ledger, source: Source, unit: Unit) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, its row in the DOCUMENTS schema) of each, in the order of the unit."""
     part = pq.read_table(io.BytesIO(ledger.read_part(unit.number)), columns=_COLUMNS)
-    rows: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    rows: defaultdict[tuple[str, str | None], list[dict[str, Any]]] = defaultdict(list)
     for row in part.to_pylist():
-        rows[row["source"]].append(row)
-    for name in unit.names:
-        if found := rows.get(address := source.full_address(name)):
-            yield name, join_pages(address, found)
+        rows[row["source"], row["member"]].append(row)
+    for name, member in unit.items:
+        address = source.full_address(name)
+        found = rows.get((address, member))
+        if found and not (member and is_one_row(member)):
+            yield _document_name(name, member), join_pages(address, member, found)
+
+
+def _document_name(name: str, member: str | None) -> str:
+    """What its .md is named after: an address, which may hold anything, as one step of a path."""
+    return name if member is None else f"{name}/{quote(member, safe='')}"
 
 
 def _metadata(ledger: Ledger, name: str) -> dict[bytes, bytes]:

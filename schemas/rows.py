@@ -124,6 +124,7 @@ def output_schema(generated: pa.Schema) -> pa.Schema:
 DOCUMENTS = pa.schema(
     [
         ("source", pa.string()),
+        ("member", pa.string()),  # its address, where the source is a list of them
         ("page_count", pa.int32()),  # null for a plain image and what could not be opened
         ("text", pa.string()),  # of its pages, a blank line between two
         *((status.value, pa.int32()) for status in Status),  # how many of its rows

@@ -34,7 +34,8 @@ from schemas.errors import Reason, RowError
 ATTEMPTS = 4
 FIRST_WAIT_S = 1.0  # doubled after every attempt
 REDIRECTS = 5
-_QUIET_S = 30.0  # longest wait for a connection, or for the next bytes of an answer
+_CONNECT_S = 10.0
+_QUIET_S = 30.0  # longest wait for the next bytes of an answer
 _CONNECTIONS = 3  # addresses of a host that are tried
 _BLOCK_BYTES = 64 * 1024
 _PORTS = {"http": 80, "https": 443}
@@ -225,7 +226,7 @@ def _open_socket(hosts: Hosts, host: str, port: int, clock: _Clock) -> socket.so
         clock.check()
         sock = socket.socket(endpoint.family, socket.SOCK_STREAM)
         try:
-            sock.settimeout(min(_QUIET_S, clock.left))
+            sock.settimeout(min(_CONNECT_S, clock.left))
             sock.connect(endpoint.sockaddr)
             return sock
         except OSError as error:

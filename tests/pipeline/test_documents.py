@@ -82,7 +82,7 @@ def test_spans_find_each_page_in_the_joined_text():
         row(4, ""),
         row(5, "five", Status.TRUNCATED),
     ]
-    found = join_pages("a.pdf", rows)
+    found = join_pages("a.pdf", None, rows)
     assert found["text"] == "one 🙂\n\ndrei ü\n\nfive"
     assert [p["page"] for p in found["pages"]] == [1, 2, 3, 4, 5, None]
     for told in found["pages"]:
@@ -163,3 +163,22 @@ def test_what_was_cut_short_is_done_by_the_next_run(ran, monkeypatch):
     write(source, output, markdown=True)
     assert len([name for name in files(output) if name.endswith(".md")]) == 18
     assert len(joined(output)) == 20
+
+
+def test_documents_that_a_list_leads_to_are_joined_by_their_address(ran, tmp_path):
+    source, _ = ran
+    path, output = source / "list.txt", tmp_path / "of_list"
+    addresses = ["sub/03.pdf", "e.png", "sub/../c.tif", "b.pdf", "sub/03.pdf"]
+    path.write_text("\n".join(addresses))
+    run(job_of(path, output))
+    write(path, output, markdown=True)
+    found = ds.dataset(output / "_vl01/documents", format="parquet").to_table().to_pylist()
+    assert [(row["member"], row["page_count"], row["failed"]) for row in found] == [
+        ("sub/03.pdf", 4, 0),
+        ("sub/../c.tif", 2, 0),
+        ("b.pdf", None, 1),
+        ("sub/03.pdf#2", 4, 0),
+    ]
+    assert {row["source"] for row in found} == {str(path)}
+    names = sorted(file.name for file in (output / "_vl01/markdown/list.txt").iterdir())
+    assert names == ["sub%2F..%2Fc.tif.md", "sub%2F03.pdf%232.md", "sub%2F03.pdf.md"]
