@@ -31,6 +31,7 @@ class Tally:
         self.metrics: RunMetrics | None = None  # likewise
         self._started_at = now()
         self._started = time.monotonic()
+        self._start_seconds = 0.0  # until the first rows came
         self._rows: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()  # by reason, of the rows that were generated
@@ -42,6 +43,7 @@ class Tally:
 
     def generated(self, rows: pa.Table) -> None:
         """Rows in the GENERATED schema, as they leave the replicas."""
+        self._start_seconds = self._start_seconds or time.monotonic() - self._started
         for stage in _TIMED_BY_ROW:
             self._stage_seconds[stage] += sum(_known(rows[f"{stage}_seconds"]))
         self._copied += sum(_known(rows["copied"]))
@@ -124,6 +126,7 @@ class Tally:
             stage_seconds=self._stage_seconds,
             hardware=self.hardware,
             tiles=self._tiles,
+            start_seconds=self._start_seconds,
             foretold=self.foretold,
         )
 

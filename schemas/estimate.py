@@ -66,12 +66,14 @@ class Throughput:
     """tokens_per_second: read and written, by all replicas together; on no GPUs on CPU.
 
     output_tokens: written for a row; a mean, or the most there can be. origin: who says so.
+    start_seconds: before the first rows come, where that is known; 0 else.
     """
 
     tokens_per_second: float
     output_tokens: float
     gpus: int
     origin: str
+    start_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ class Foretold:
 class RunRecord:
     """_vl01/runs/<run>.json: what one run did, also one that was stopped before its end.
 
+    start_seconds: until the first rows came: Ray's start, the model's loading.
     rows: those it did, by what came out; a retry may have left an older answer in their place. A
     run that was killed leaves no record; the commit records still tell what it committed and when.
     """
@@ -85,6 +86,7 @@ class RunRecord:
     what: RunKind = "run"
     tiles: int = 0
     foretold: Foretold | None = None
+    start_seconds: float = 0.0
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
@@ -127,7 +129,7 @@ class RunFigures:
     """One run as the report tells it. hardware and stage_seconds: empty of a run that was killed.
 
     seconds: on the wall, loading the model included; to its last commit if it was killed.
-    failed, tiles, foretold: of runs that left a record.
+    failed, tiles, start_seconds, foretold: of runs that left a record.
     """
 
     run: str
@@ -141,6 +143,7 @@ class RunFigures:
     what: RunKind = "run"
     failed: int = 0
     tiles: int = 0
+    start_seconds: float = 0.0
     foretold: Foretold | None = None
 
 

@@ -16,6 +16,7 @@ from schemas.rows import Status
 
 _RELEASED_LAYERS, _RELEASED_HIDDEN = 80, 6144  # the network that the table is of
 _LATEST = 10  # runs that may tell the speed
+_LEAST_WORK = 0.2  # of a run's seconds
 
 
 def find_throughput(
@@ -46,7 +47,7 @@ def time_estimate(
 ) -> TimeEstimate:
     """For `rows` usable images with `prompt_tokens` in all."""
     tokens = prompt_tokens + rows * throughput.output_tokens
-    seconds = tokens / throughput.tokens_per_second
+    seconds = throughput.start_seconds + tokens / throughput.tokens_per_second
     if not throughput.gpus:
         return TimeEstimate(seconds, None, None)
     gpu_hours = seconds / 3600 * throughput.gpus
@@ -113,6 +114,7 @@ def _reported(report: dict[str, Any]) -> list[RunRecord]:
                 output_tokens=run["output_tokens"],
                 stage_seconds={},
                 hardware=Hardware(**run["hardware"]) if run["hardware"] else None,
+                start_seconds=run["start_seconds"],
             )
             for run in report["runs"]
         ]
@@ -127,11 +129,15 @@ def _of_runs(job: Job, runs: Iterable[RunRecord], where: str) -> Throughput | No
         return None
     run = max(latest, key=lambda run: (_tokens(run), run.run))
     assert run.hardware
+    start = run.start_seconds
+    if run.seconds - start < _LEAST_WORK * run.seconds:
+        start = 0.0  # too little came after the first rows to tell the pace
     return Throughput(
-        tokens_per_second=_tokens(run) / run.seconds,
+        tokens_per_second=_tokens(run) / (run.seconds - start),
         output_tokens=run.output_tokens / _answered(run),
         gpus=run.hardware.gpus,
-        origin=f"run {run.run} {where}, its start included",
+        origin=f"run {run.run} {where}" + (f", after a start of {start:,.0f} s" if start else ""),
+        start_seconds=start,
     )
 
 

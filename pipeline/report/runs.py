@@ -84,6 +84,7 @@ def _recorded(figures: RunFigures, record: RunRecord) -> RunFigures:
         what=record.what,
         failed=record.rows.get(Status.FAILED, 0),
         tiles=record.tiles,
+        start_seconds=round(record.start_seconds, 1),
         foretold=record.foretold,
     )
     if record.what == "run":

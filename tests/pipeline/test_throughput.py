@@ -13,7 +13,7 @@ from jobs.bench.workloads import WORKLOADS
 from model.config import TextConfig, load_config
 from model.nano.random_checkpoint import RELEASED_SIZES, write_configuration
 from pipeline import lease
-from pipeline.estimate.throughput import find_throughput
+from pipeline.estimate.throughput import _of_runs, find_throughput, time_estimate
 from pipeline.ledger import Ledger
 from pipeline.report import write_report
 from schemas.errors import ConfigError
@@ -150,3 +150,18 @@ def write_run(ledger: Ledger, name: str, seconds: float, tokens: int) -> None:
         foretold=Foretold(8, 0, 40, 900, True, 9.0),
     )
     ledger.write_run(record)
+
+
+@pytest.mark.parametrize(
+    ("start", "pace", "seconds"),
+    [(60.0, 1200 / 40, 60 + 2400 / 30), (90.0, 1200 / 100, 2400 / 12)],
+)
+def test_the_start_of_a_run_is_counted_once_unless_it_was_most_of_it(start, pace, seconds):
+    record = RunRecord(
+        *("run", "", "", 100.0, {"ok": 10}, 1000, 200, {}, Hardware("cpu", 1, 1, 1)),
+        start_seconds=start,
+    )
+    told = _of_runs(job(device="cpu"), [record], "here")
+    assert told is not None
+    assert told.tokens_per_second == pace
+    assert time_estimate(told, 2000, 20, None).seconds == pytest.approx(seconds)
