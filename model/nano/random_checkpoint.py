@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.config import load_config
-from model.nano.tokenizer import TokenIds, write_tokenizer
+from model.nano.tokenizer import TRAINING_TEXT, TokenIds, write_tokenizer
 from model.weights.names import TensorEntry, checkpoint_tensors
 
 _CHUNK_ELEMENTS = 1 << 23  # random numbers drawn at a time: 32 MB in fp32
@@ -106,10 +106,14 @@ def write_configuration(
     pinpoints: list[tuple[int, int]] | None = None,
     dtype: str = "bfloat16",
     endless: bool = False,
+    text: str = TRAINING_TEXT,
 ) -> TokenIds:
-    """Write what a checkpoint holds besides its tensors. `endless`: no token ends a text."""
+    """Write what a checkpoint holds besides its tensors. `endless`: no token ends a text.
+
+    `text` is what the tokenizer learns its tokens from.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    token_ids = write_tokenizer(folder, size.vocab_size)
+    token_ids = write_tokenizer(folder, size.vocab_size, text)
     grids = [list(p) for p in pinpoints or released_pinpoints(size.tile)]
     _write_json(folder / "config.json", _config_json(size, token_ids.image, grids, dtype))
     _write_json(folder / "preprocessor_config.json", _preprocessor_json(size, grids))

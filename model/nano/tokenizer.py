@@ -1,4 +1,4 @@
-"""The tokenizer of a random checkpoint: a real byte-level BPE, trained on the text below.
+"""The tokenizer of a small checkpoint: a real byte-level BPE, trained on the text it is given.
 
 Writes tokenizer.json and tokenizer_config.json, with a chat template that renders the released
 prompt. Not for real checkpoints, which bring their own.
@@ -31,7 +31,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
-_TRAINING_TEXT = """\
+TRAINING_TEXT = """\
 system ai_setting=assistant
 user name=user
 ai name=assistant
@@ -64,8 +64,8 @@ class TokenIds:
     wordless: tuple[int, ...]
 
 
-def write_tokenizer(folder: Path, vocab_size: int) -> TokenIds:
-    """Train on the built-in text and write the files. The special tokens come last.
+def write_tokenizer(folder: Path, vocab_size: int, text: str = TRAINING_TEXT) -> TokenIds:
+    """Train on `text` and write the files. The special tokens come last.
 
     Raises ValueError when `vocab_size` does not hold the 256 bytes and the special tokens.
     """
@@ -80,7 +80,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> TokenIds:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_TRAINING_TEXT.splitlines(), trainer)
+    tokenizer.train_from_iterator(text.splitlines(), trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {

@@ -1,0 +1,221 @@
+"""Batches for training, made on the fly by worker processes. All pages of one have one layout.
+
+B pages, A answers a page, N = B * A, S tile side, P patches of the grid, T tokens of an answer.
+"""
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from model.inputs.images import Tiles, prepare_image
+from model.inputs.prompt import PromptTemplate
+from model.inputs.tiling import Layout, fitted_size
+from model.nano.network import CHUNK
+from model.nano.pages.fonts import families
+from model.nano.pages.page import Page, Wear, make_page
+from model.nano.tasks import Answers, Encoded, answers
+
+# What a patch may show: class 0 is nothing. Answers hold no other characters.
+ALPHABET = "".join(map(chr, range(33, 127))) + "€£äàáöóüúéèñçß•"
+SLOTS = 3  # characters looked for in one patch
+_CLASS = {character: i + 1 for i, character in enumerate(ALPHABET)}
+CLASSES = len(ALPHABET) + 1
+
+
+@dataclass(frozen=True)
+class Sheetform:
+    """A size of page, in pixels as they fit the tiles, and what is printed on it."""
+
+    width: tuple[int, int]
+    height: tuple[int, int]
+    kinds: tuple[str, ...]
+
+
+SLIP = Sheetform((300, 336), (300, 336), ("receipt", "text", "form", "table", "text"))
+RECEIPT = Sheetform((250, 336), (480, 672), ("receipt", "receipt", "receipt", "text", "form"))
+PORTRAIT = Sheetform((450, 530), (672, 672), ("invoice", "invoice", "letter", "form", "text",
+                     "table"))  # fmt: skip
+LANDSCAPE = Sheetform((672, 672), (400, 560), ("table", "form", "text", "invoice"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained on when. tokens: of images in a batch, about; the pages follow from it.
+
+    easy: the number of batches, at the start, of mostly slips, and these clean.
+    """
+
+    tokens: int = 80_000
+    answers: int = 2
+    easy: int = 300
+
+    def form(self, number: int) -> tuple[Sheetform, Wear]:
+        random = Random(f"plan/{number}")
+        is_easy = number < self.easy
+        wear = Wear(0, 0, 0) if is_easy else Wear()
+        weights = (8, 1, 1, 0) if is_easy else (2, 4, 5, 1)
+        return random.choices((SLIP, RECEIPT, PORTRAIT, LANDSCAPE), weights)[0], wear
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tiles: uint8 [B, tiles, S, S], grey. patches: uint8 [B, P, SLOTS], the classes of what each
+    patch of the grid shows. ids: int64 [N, T], suffix of the prompt, answer, end, then 0.
+    is_answer: bool [N, T], where the next token is to be learnt. places: int64 [N, T], the token
+    of the prompt that shows the character of ids, or -1."""
+
+    tiles: Tensor
+    patches: Tensor
+    ids: Tensor
+    is_answer: Tensor
+    places: Tensor
+    layout: Layout
+    tasks: list[str]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {n: change(v) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return Batch(**{**vars(self), **tensors})
+
+
+class Batches(IterableDataset):
+    """Batches from number `start` on, without end, each made by one worker from its number."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        tokenizer: Path,
+        templates: Mapping[str, PromptTemplate],
+        schemas: Mapping[str, Sequence[str]],
+        pinpoints: Sequence[tuple[int, int]],
+        *,
+        start: int = 0,
+        split: str = "train",
+    ) -> None:
+        self._plan, self._start, self._split = plan, start, split
+        self._templates, self._schemas, self._pinpoints = templates, schemas, pinpoints
+        self._tokenizer = tokenizer
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        encoder = Answers(Tokenizer.from_file(str(self._tokenizer)))
+        for number in count(self._start + first, step):
+            yield self._make(number, encoder)
+
+    def _make(self, number: int, encoder: Answers) -> Batch:
+        form, wear = self._plan.form(number)
+        random = Random(f"{self._split}/batch/{number}")
+        zoom = random.choice((1.0, 1.0, 1.0, random.uniform(1.1, 1.6)))
+        size = round(random.randint(*form.width) * zoom), round(random.randint(*form.height) * zoom)
+        pages, tiles, rows = [], [], []
+        wanted = 1
+        while len(pages) < wanted:
+            page = make_page(
+                f"{self._split}/{number}/{len(pages)}",
+                *size,
+                kinds=form.kinds,
+                families=families(),
+                wear=wear,
+                zoom=zoom,
+            )
+            cut = prepare_image(_bmp(page), self._pinpoints)
+            wanted = max(1, self._plan.tokens // cut.layout.tokens)
+            pages.append(page)
+            tiles.append(cut)
+            rows += self._ask(page, cut, encoder, random)
+        layout = tiles[0].layout
+        grey = torch.from_numpy(np.stack([cut.tiles[..., 0] for cut in tiles]))
+        shown = [_patch_classes(page, cut) for page, cut in zip(pages, tiles, strict=True)]
+        return _assemble(grey, torch.from_numpy(np.stack(shown)), rows, layout)
+
+    def _ask(
+        self, page: Page, cut: Tiles, encoder: Answers, random: Random
+    ) -> list[tuple[str, np.ndarray, Encoded, np.ndarray]]:
+        """(task, suffix of the prompt, answer, place of each of its tokens), A times."""
+        known = answers(page.content, self._schemas)
+        others = [task for task in known if task != "read"]
+        extracts = [task for task in others if task.startswith("extract")]
+        other = extracts[0] if extracts and random.random() < 0.65 else "describe"
+        asked = ["read", other][: self._plan.answers]
+        prefix = len(next(iter(self._templates.values())).prefix_ids)
+        tokens_of = prefix + _tokens_of_glyphs(page, cut)
+        found = []
+        for task in asked:
+            answer = encoder.encode(known[task])
+            places = np.where(answer.glyphs < 0, -1, tokens_of[answer.glyphs])
+            suffix = np.array(self._templates[task].suffix_ids)
+            found.append((task, suffix, answer, places))
+        return found
+
+
+def _assemble(tiles: Tensor, patches: Tensor, rows: list, layout: Layout) -> Batch:
+    lengths = [len(suffix) + len(answer.token_ids) for _, suffix, answer, _ in rows]
+    length = -(-max(lengths) // CHUNK) * CHUNK
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    is_answer = torch.zeros(len(rows), length, dtype=torch.bool)
+    places = torch.full((len(rows), length), -1, dtype=torch.int64)
+    for i, (_, suffix, answer, shown) in enumerate(rows):
+        start, end = len(suffix), len(suffix) + len(answer.token_ids)
+        ids[i, :start] = torch.from_numpy(suffix)
+        ids[i, start:end] = torch.from_numpy(answer.token_ids)
+        is_answer[i, start - 1 : end - 1] = True
+        places[i, start:end] = torch.from_numpy(shown)
+    return Batch(tiles, patches, ids, is_answer, places, layout, [task for task, *_ in rows])
+
+
+def _bmp(page: Page) -> bytes:
+    buffer = io.BytesIO()
+    page.image.save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+def _grid_places(page: Page, cut: Tiles) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of the patch that each glyph's centre falls in, without the padding."""
+    layout = cut.layout
+    grid = layout.columns * layout.tile, layout.rows * layout.tile
+    fitted = np.array(fitted_size(cut.width, cut.height, *grid))
+    offset = (np.array(grid) - fitted) // 2
+    pixels = page.centres * (fitted / (cut.width, cut.height)) + offset
+    side = layout.tile // layout.patch
+    removed = (
+        (layout.columns * side - layout.patch_columns) // 2,
+        (layout.rows * side - layout.patch_rows) // 2,
+    )
+    patches = np.floor(pixels / layout.patch).astype(np.int64) - removed
+    most = (layout.patch_columns - 1, layout.patch_rows - 1)
+    columns, rows = np.clip(patches, 0, most).T
+    return rows, columns
+
+
+def _tokens_of_glyphs(page: Page, cut: Tiles) -> np.ndarray:
+    """int64 [glyphs]: which image token shows each, counted from the first."""
+    rows, columns = _grid_places(page, cut)
+    side = cut.layout.tile // cut.layout.patch
+    return side * side + rows * (cut.layout.patch_columns + 1) + columns
+
+
+def _patch_classes(page: Page, cut: Tiles) -> np.ndarray:
+    rows, columns = _grid_places(page, cut)
+    layout = cut.layout
+    shown = np.zeros((layout.patch_rows * layout.patch_columns, SLOTS), np.uint8)
+    used = np.zeros(len(shown), np.int64)
+    for character, place in zip(page.glyphs, rows * layout.patch_columns + columns, strict=True):
+        if character in _CLASS and used[place] < SLOTS:
+            shown[place, used[place]] = _CLASS[character]
+            used[place] += 1
+    return shown

@@ -1,0 +1,119 @@
+"""What the small model is asked, and the tokens it shall answer with. Knows no torch.
+
+The prompts are those of `vl01 caption`, `vl01 ocr` and `vl01 extract`; a test of the jobs keeps
+this copy equal to them.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from model.nano.pages.content import Content, Fact
+from model.nano.pages.marked import NOWHERE, Marked, join, marked
+from model.nano.tokenizer import END
+
+_PROMPTS = Path(__file__).with_name("prompts.json")
+
+# Fields that JSON writes as numbers.
+_NUMBERS = {"total", "subtotal", "tax", "quantity", "unit_price", "amount"}
+
+# What stands in answers and in no prompt: symbols and accents of several bytes, and the pieces of
+# JSON and Markdown. Often enough that the tokenizer makes a token of each.
+_SYMBOLS = ["€", "£", "ä", "à", "á", "ö", "ó", "ü", "ú", "é", "è", "ñ", "ç", "ß", "•"]
+_KEYS_OF_JSON = re.compile(r'[{,]*"[a-z_]+":')
+
+
+def prompts() -> dict[str, str]:
+    """describe, read, and one for each schema: "extract receipt", "extract invoice"."""
+    return json.loads(_PROMPTS.read_text(encoding="utf-8"))
+
+
+def schemas() -> dict[str, tuple[str, ...]]:
+    """The fields that each extract prompt asks for, in the order of the answer."""
+    return {
+        "extract receipt": ("merchant", "receipt_number", "date", "currency", "total", "items"),
+        "extract invoice": (
+            *("invoice_number", "invoice_date", "due_date", "seller", "buyer", "currency"),
+            *("subtotal", "tax", "total", "items"),
+        ),
+    }
+
+
+def tokenizer_text() -> str:
+    """What the tokenizer is trained on. Changing it changes every token id."""
+    frozen = Path(__file__).with_name("tokenizer.txt").read_text(encoding="utf-8")
+    return "\n".join(["".join(_SYMBOLS), *(s for s in _SYMBOLS for _ in range(200)), frozen])
+
+
+def answers(content: Content, schemas: Mapping[str, Sequence[str]]) -> dict[str, Marked]:
+    """The answer to every prompt that can be asked of a page."""
+    found = {"read": content.markdown, "describe": content.description}
+    if content.facts:
+        task = f"extract {content.kind}"
+        found[task] = to_json({key: content.facts.get(key) for key in schemas[task]})
+    return found
+
+
+def to_json(value: Mapping[str, Fact] | Fact, name: str = "") -> Marked:
+    """Compact JSON that keeps the places of what it quotes."""
+    if value is None:
+        return marked("null")
+    if isinstance(value, Marked):
+        if name in _NUMBERS:
+            return value
+        return '"' + value + '"'
+    if isinstance(value, list):
+        return "[" + join(",", (to_json(item) for item in value)) + "]"
+    fields = (f'"{key}":' + to_json(fact, key) for key, fact in value.items())
+    return "{" + join(",", fields) + "}"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """token_ids, and the glyph each one shows (NOWHERE for most of the syntax): int32 [T] each."""
+
+    token_ids: np.ndarray
+    glyphs: np.ndarray
+
+
+class Answers:
+    """Answers as tokens: one for every character, so that each has its place on the page, but
+    whole tokens for the keys of JSON. The token that ends the text comes last."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, list[int]] = {}
+        self._end: int = tokenizer.token_to_id(END)
+
+    def encode(self, answer: Marked) -> Encoded:
+        ids: list[int] = []
+        glyphs: list[int] = []
+        at = 0
+        for piece in self._pieces(answer.text):
+            tokens = self._tokens(piece)
+            ids += tokens
+            glyphs += [answer.glyphs[at] if len(piece) == 1 else NOWHERE] * len(tokens)
+            at += len(piece)
+        ids.append(self._end)
+        glyphs.append(NOWHERE)
+        return Encoded(np.array(ids, np.int32), np.array(glyphs, np.int32))
+
+    @staticmethod
+    def _pieces(text: str) -> list[str]:
+        if not text.startswith("{"):
+            return list(text)
+        pieces, at = [], 0
+        for key in _KEYS_OF_JSON.finditer(text):
+            pieces += [*text[at : key.start()], key.group()]
+            at = key.end()
+        return [*pieces, *text[at:]]
+
+    def _tokens(self, piece: str) -> list[int]:
+        if piece not in self._known:
+            self._known[piece] = self._tokenizer.encode(piece, add_special_tokens=False).ids
+        return self._known[piece]
