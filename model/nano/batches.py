@@ -1,6 +1,6 @@
 """Batches for training, made on the fly by worker processes. All pages of one have one layout.
 
-B pages, A answers a page, N = B * A, S tile side, P patches of the grid, T tokens of an answer.
+B pages, S tile side, P patches of the grid, T tokens of a question and its answer.
 """
 
 import io
@@ -54,8 +54,7 @@ class Plan:
     easy: the number of batches, at the start, of mostly slips, and these clean.
     """
 
-    tokens: int = 80_000
-    answers: int = 2
+    tokens: int = 64_000
     easy: int = 300
 
     def form(self, number: int) -> tuple[Sheetform, Wear]:
@@ -67,19 +66,31 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """tiles: uint8 [B, tiles, S, S], grey. patches: uint8 [B, P, SLOTS], the classes of what each
-    patch of the grid shows. ids: int64 [N, T], suffix of the prompt, answer, end, then 0.
-    is_answer: bool [N, T], where the next token is to be learnt. places: int64 [N, T], the token
+class Asked:
+    """One question for every page. ids: int64 [B, T], suffix of the prompt, answer, end, then 0.
+    is_answer: bool [B, T], where the next token is to be learnt. places: int64 [B, T], the token
     of the prompt that shows the character of ids, or -1."""
 
-    tiles: Tensor
-    patches: Tensor
     ids: Tensor
     is_answer: Tensor
     places: Tensor
-    layout: Layout
     tasks: list[str]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tiles: uint8 [B, tiles, S, S], grey. patches: uint8 [B, P, SLOTS], the classes of what each
+    patch of the grid shows. asked: to read the page, and something else."""
+
+    tiles: Tensor
+    patches: Tensor
+    asked: list[Asked]
+    layout: Layout
+
+    @property
+    def tokens(self) -> int:
+        images = self.layout.tokens * len(self.tiles)
+        return images + sum(each.ids.numel() for each in self.asked)
 
     def to(self, device: torch.device | str) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -88,8 +99,10 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {n: change(v) for n, v in vars(self).items() if isinstance(v, Tensor)}
-        return Batch(**{**vars(self), **tensors})
+        asked = [
+            Asked(change(a.ids), change(a.is_answer), change(a.places), a.tasks) for a in self.asked
+        ]
+        return Batch(change(self.tiles), change(self.patches), asked, self.layout)
 
 
 class Batches(IterableDataset):
@@ -100,14 +113,13 @@ class Batches(IterableDataset):
         plan: Plan,
         tokenizer: Path,
         templates: Mapping[str, PromptTemplate],
-        schemas: Mapping[str, Sequence[str]],
         pinpoints: Sequence[tuple[int, int]],
         *,
         start: int = 0,
         split: str = "train",
     ) -> None:
         self._plan, self._start, self._split = plan, start, split
-        self._templates, self._schemas, self._pinpoints = templates, schemas, pinpoints
+        self._templates, self._pinpoints = templates, pinpoints
         self._tokenizer = tokenizer
 
     def __iter__(self) -> Iterator[Batch]:
@@ -122,7 +134,7 @@ class Batches(IterableDataset):
         random = Random(f"{self._split}/batch/{number}")
         zoom = random.choice((1.0, 1.0, 1.0, random.uniform(1.1, 1.6)))
         size = round(random.randint(*form.width) * zoom), round(random.randint(*form.height) * zoom)
-        pages, tiles, rows = [], [], []
+        pages, tiles, questions = [], [], []
         wanted = 1
         while len(pages) < wanted:
             page = make_page(
@@ -137,25 +149,25 @@ class Batches(IterableDataset):
             wanted = max(1, self._plan.tokens // cut.layout.tokens)
             pages.append(page)
             tiles.append(cut)
-            rows += self._ask(page, cut, encoder, random)
+            questions.append(self._ask(page, cut, encoder, random))
         layout = tiles[0].layout
         grey = torch.from_numpy(np.stack([cut.tiles[..., 0] for cut in tiles]))
         shown = [_patch_classes(page, cut) for page, cut in zip(pages, tiles, strict=True)]
-        return _assemble(grey, torch.from_numpy(np.stack(shown)), rows, layout)
+        asked = [_assemble(list(rows)) for rows in zip(*questions, strict=True)]
+        return Batch(grey, torch.from_numpy(np.stack(shown)), asked, layout)
 
     def _ask(
         self, page: Page, cut: Tiles, encoder: Answers, random: Random
     ) -> list[tuple[str, np.ndarray, Encoded, np.ndarray]]:
-        """(task, suffix of the prompt, answer, place of each of its tokens), A times."""
-        known = answers(page.content, self._schemas)
+        """(task, suffix of the prompt, answer, place of each of its tokens), twice."""
+        known = answers(page.content)
         others = [task for task in known if task != "read"]
         extracts = [task for task in others if task.startswith("extract")]
         other = extracts[0] if extracts and random.random() < 0.65 else "describe"
-        asked = ["read", other][: self._plan.answers]
         prefix = len(next(iter(self._templates.values())).prefix_ids)
         tokens_of = prefix + _tokens_of_glyphs(page, cut)
         found = []
-        for task in asked:
+        for task in ("read", other):
             answer = encoder.encode(known[task])
             places = np.where(answer.glyphs < 0, -1, tokens_of[answer.glyphs])
             suffix = np.array(self._templates[task].suffix_ids)
@@ -163,7 +175,7 @@ class Batches(IterableDataset):
         return found
 
 
-def _assemble(tiles: Tensor, patches: Tensor, rows: list, layout: Layout) -> Batch:
+def _assemble(rows: list[tuple[str, np.ndarray, Encoded, np.ndarray]]) -> Asked:
     lengths = [len(suffix) + len(answer.token_ids) for _, suffix, answer, _ in rows]
     length = -(-max(lengths) // CHUNK) * CHUNK
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
@@ -175,7 +187,7 @@ def _assemble(tiles: Tensor, patches: Tensor, rows: list, layout: Layout) -> Bat
         ids[i, start:end] = torch.from_numpy(answer.token_ids)
         is_answer[i, start - 1 : end - 1] = True
         places[i, start:end] = torch.from_numpy(shown)
-    return Batch(tiles, patches, ids, is_answer, places, layout, [task for task, *_ in rows])
+    return Asked(ids, is_answer, places, [task for task, *_ in rows])
 
 
 def _bmp(page: Page) -> bytes:

@@ -4,6 +4,7 @@ The one softmax layer in eight must learn where on the page the answer goes on. 
 that takes long; the renderer knows, so it is told. Shapes as in `network` and `batches`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,14 +16,8 @@ from torch.nn import functional
 from model.decoder import Decoder
 from model.inputs.prompt import PromptTemplate
 from model.layers.linear import Linear
-from model.nano.batches import CLASSES, SLOTS, Batch
-from model.nano.network import (
-    LayerOutput,
-    embed_pages,
-    repeat_memory,
-    run_layer,
-    run_layers,
-)
+from model.nano.batches import CLASSES, SLOTS, Asked, Batch
+from model.nano.network import LayerOutput, Runner, embed_pages
 from model.vision.tower import VisionLayer
 
 
@@ -63,13 +58,9 @@ class Losses:
         self._decoder, self._heads, self._weights = decoder, heads, weights
         self._prefix_ids = template.prefix_ids
         self._tint = tint
-        self._run = torch.compile(run_layer) if compiled else run_layer
-        self._cross_entropy = torch.compile(_cross_entropy) if compiled else _cross_entropy
-        self._pointer = torch.compile(_pointer) if compiled else _pointer
+        self._run = Runner(decoder, compiled=compiled)
         if compiled:
-            # Shapes change from batch to batch, and softmax and lightning layers are different.
-            torch._dynamo.config.recompile_limit = 64
-            forward = torch.compile(VisionLayer.forward)
+            forward = torch.compile(VisionLayer.forward, dynamic=True)
             for layer in decoder.vision_tower.layers:
                 layer.forward = partial(forward, layer)
         mean, std = decoder.config.image_mean, decoder.config.image_std
@@ -82,26 +73,26 @@ class Losses:
         """Every loss, and `loss`, their weighed sum."""
         decoder, layout = self._decoder, batch.layout
         embedded = embed_pages(decoder, self._pixels(batch.tiles), layout, self._prefix_ids)
-        page = run_layers(decoder, embedded, compiled=self._run)
-        per_page = len(batch.ids) // len(batch.tiles)
-        answers = run_layers(
-            decoder,
-            decoder.embed_tokens(batch.ids),
-            [repeat_memory(output.memory, per_page) for output in page],
-            embedded.shape[1],
-            compiled=self._run,
-        )
+        page = self._run(embedded)
+        runs = [
+            self._run(
+                decoder.embed_tokens(asked.ids),
+                [output.memory for output in page],
+                embedded.shape[1],
+            )
+            for asked in batch.asked
+        ]
         losses = {
-            "answer": self._answer(answers[-1].hidden, batch),
+            "answer": self._answer(batch.asked, runs),
             "characters": self._characters(embedded, batch),
             "place": self._place(page[self._softmax_layers[0] - 1].hidden, batch),
-            "pointer": self._pointers(answers, batch),
-            "balance": sum((_imbalance(output.routing) for output in page), torch.tensor(0.0)),
+            "pointer": _sum(map(self._pointers, batch.asked, runs)) / len(runs),
+            "balance": _sum(_imbalance(output.routing) for output in page),
         }
         parts = [losses["answer"]] + [
             weight * losses[name] for name, weight in vars(self._weights).items()
         ]
-        return {"loss": sum(parts, torch.tensor(0.0)), **losses}
+        return {"loss": _sum(parts), **losses}
 
     def _pixels(self, tiles: Tensor) -> Tensor:
         """uint8 [B, tiles, S, S] to normalised [B, tiles, S, S, 3], on paper of any tint."""
@@ -112,10 +103,12 @@ class Losses:
             pixels = pixels + 0.05 * torch.randn(shape, device=tiles.device)
         return pixels.to(self._decoder.image_newline.dtype)
 
-    def _answer(self, hidden: Tensor, batch: Batch) -> Tensor:
-        logits = self._decoder.lm_head(self._decoder.norm(hidden[:, :-1]).flatten(0, 1))
-        targets = torch.where(batch.is_answer[:, :-1], batch.ids[:, 1:], -1)
-        return self._cross_entropy(logits, targets.flatten())
+    def _answer(self, asked: list[Asked], runs: list[list[LayerOutput]]) -> Tensor:
+        """Nats a token of all answers."""
+        hidden = [run[-1].hidden[:, :-1].flatten(0, 1) for run in runs]
+        targets = [torch.where(a.is_answer[:, :-1], a.ids[:, 1:], -1).flatten() for a in asked]
+        logits = self._decoder.lm_head(self._decoder.norm(torch.cat(hidden)))
+        return _cross_entropy(logits, torch.cat(targets))
 
     def _grid(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The tokens of the grid's patches, without thumbnail and newlines: [B * P, W]."""
@@ -130,7 +123,7 @@ class Losses:
         logits = self._heads.characters(self._grid(embedded, batch)).unflatten(-1, (SLOTS, CLASSES))
         targets = batch.patches.flatten(0, 1).long()
         shown = (targets > 0).sum().clamp(min=1)
-        mean = self._cross_entropy(logits.flatten(0, 1), targets.flatten())
+        mean = _cross_entropy(logits.flatten(0, 1), targets.flatten())
         return mean * targets.numel() / shown
 
     def _place(self, hidden: Tensor, batch: Batch) -> Tensor:
@@ -141,23 +134,27 @@ class Losses:
         )
         columns = torch.arange(layout.patch_columns, device=device).repeat(layout.patch_rows)
         pages = len(batch.tiles)
-        return self._cross_entropy(self._heads.row(grid), rows.repeat(pages)) + self._cross_entropy(
+        return _cross_entropy(self._heads.row(grid), rows.repeat(pages)) + _cross_entropy(
             self._heads.column(grid), columns.repeat(pages)
         )
 
-    def _pointers(self, answers: list[LayerOutput], batch: Batch) -> Tensor:
+    def _pointers(self, asked: Asked, answers: list[LayerOutput]) -> Tensor:
         """In the first softmax layer one head looks at the character just read and one at the
         next; in the last one head looks at the next."""
-        following = torch.where(batch.is_answer[:, :-1], batch.places[:, 1:], -1)
+        following = torch.where(asked.is_answer[:, :-1], asked.places[:, 1:], -1)
         following = functional.pad(following, (0, 1), value=-1)
         first, last = answers[self._softmax_layers[0]], answers[self._softmax_layers[-1]]
         heads = self._decoder.config.text.num_heads
         parts = [
-            self._pointer(*_queries_and_keys(first, 0), batch.places),
-            self._pointer(*_queries_and_keys(first, heads - 1), following),
-            self._pointer(*_queries_and_keys(last, 0), following),
+            _pointer(*_queries_and_keys(first, 0), asked.places),
+            _pointer(*_queries_and_keys(first, heads - 1), following),
+            _pointer(*_queries_and_keys(last, 0), following),
         ]
-        return sum(parts, torch.tensor(0.0))
+        return _sum(parts)
+
+
+def _sum(losses: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(losses)).sum()
 
 
 def _queries_and_keys(output: LayerOutput, head: int) -> tuple[Tensor, Tensor]:

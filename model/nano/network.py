@@ -3,7 +3,7 @@
 Computes what `Decoder` computes (a test compares the logits), from the same modules, but batched:
 all pages of a batch have one layout, so nothing is padded but the ends of answers.
 
-B pages, A answers a page, N = B * A answers, T tokens, H heads, G kv heads, D head dimensions,
+B pages, T tokens, H heads, G kv heads, D head dimensions,
 W hidden size, C tokens of a chunk, M chunks, E experts, F inner dimensions, V vocabulary.
 """
 
@@ -19,6 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 from model.decoder import Decoder, DecoderLayer
 from model.inputs.tiling import Layout
 from model.layers.activation import silu
+from model.layers.lightning_attention import LightningAttention
 from model.layers.linear import linear
 from model.layers.moe import MixtureOfExperts, route
 from model.layers.norm import gated_norm, residual_norm
@@ -56,43 +57,54 @@ def embed_pages(
     return torch.cat([prefix, packed], dim=1)
 
 
-def run_layers(
-    decoder: Decoder,
-    hidden: Tensor,
-    memories: Sequence[Memory] | None = None,
-    start: int = 0,
-    compiled: Callable | None = None,
-) -> list[LayerOutput]:
-    """Through all layers. Without memories, tokens begin a text; with them, they go on at
-    position `start` from what `run_layers` gave for their page."""
-    run = compiled or run_layer
-    outputs = []
-    for i, layer in enumerate(decoder.layers.values()):
-        output = run(layer, hidden, memories[i] if memories else None, start)
-        hidden = output.hidden
-        outputs.append(output)
-    return outputs
+class Runner:
+    """Runs all layers, over pages or over the questions that follow them.
 
+    `compiled`: what lies between two products through torch.compile. Batches differ in every
+    size, so it is told at once that they do: compiling takes longer than some hundred batches.
+    """
 
-def repeat_memory(memory: Memory, answers: int) -> Memory:
-    """The memory of every page, once for each of its answers."""
-    if isinstance(memory, tuple):
-        return tuple(part.repeat_interleave(answers, 0) for part in memory)
-    return memory.repeat_interleave(answers, 0)
+    def __init__(self, decoder: Decoder, *, compiled: bool = False) -> None:
+        self._decoder = decoder
+        self._lightning, self._finish = _lightning, _finish
+        if compiled:
+            self._lightning = torch.compile(_lightning, dynamic=True)
+            self._finish = torch.compile(_finish, dynamic=True)
 
+    def __call__(
+        self, hidden: Tensor, memories: Sequence[Memory] | None = None, start: int = 0
+    ) -> list[LayerOutput]:
+        """What every layer gives. Without memories, tokens begin a text; with them, they go on at
+        position `start` from what the layers gave for their page. Then they must be whole chunks:
+        raises ValueError."""
+        if memories is not None and hidden.shape[1] % CHUNK:
+            raise ValueError(f"{hidden.shape[1]} tokens; expected a multiple of {CHUNK}")
+        outputs = []
+        for i, layer in enumerate(self._decoder.layers.values()):
+            output = self._run(layer, hidden, memories[i] if memories else None, start)
+            hidden = output.hidden
+            outputs.append(output)
+        return outputs
 
-def run_layer(layer: DecoderLayer, x: Tensor, memory: Memory | None, start: int) -> LayerOutput:
-    x = layer.input_layernorm(x)
-    norm = layer.post_attention_layernorm
-    if hasattr(layer.attention, "slopes_H"):
-        attended, memory = _lightning(layer.attention, x, memory)
-        pointers = None
-    else:
+    def _run(
+        self, layer: DecoderLayer, x: Tensor, memory: Memory | None, start: int
+    ) -> LayerOutput:
+        if isinstance(layer.attention, LightningAttention):
+            if memory is None:
+                shape = (len(x), layer.attention.heads, *2 * (layer.attention.head_dim,))
+                memory = torch.zeros(shape, device=x.device)
+            return LayerOutput(*self._lightning(layer, x, memory))
+        x = layer.input_layernorm(x)
         attended, memory, pointers = _softmax(layer.attention, x, memory, start)
+        hidden, routing = self._finish(layer, x, attended)
+        return LayerOutput(hidden, memory, routing, pointers)
+
+
+def _finish(layer: DecoderLayer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    norm, residual = layer.post_attention_layernorm, layer.moe_residual
     x = residual_norm(x, attended, layer.attention_residual, norm.weight, norm.eps)
     y, routing = _experts(layer.moe, x)
-    residual = layer.moe_residual
-    return LayerOutput(residual.alpha * x + residual.beta * y, memory, routing, pointers)
+    return residual.alpha * x + residual.beta * y, routing
 
 
 def _flat(module: Callable, x: Tensor, **how: bool) -> Tensor:
@@ -100,29 +112,31 @@ def _flat(module: Callable, x: Tensor, **how: bool) -> Tensor:
     return module(x.flatten(0, 1), **how).unflatten(0, x.shape[:2])
 
 
-def _lightning(attention: Any, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def _lightning(layer: Any, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A whole layer: hidden, state, routing."""
+    x = layer.input_layernorm(x)
+    attention = layer.attention
     qkv = _flat(attention.qkv_proj, x, silu=True)
     qkv = qkv.unflatten(-1, (attention.heads, 3 * attention.head_dim))
     q, k, v = qkv.split(attention.head_dim, dim=-1)
     o, state = lightning(q, k, v, attention.slopes_H, state)
     gate = _flat(attention.output_gate, x)
     norm = attention.norm
-    return _flat(attention.out_proj, gated_norm(o.flatten(2), gate, norm.weight, norm.eps)), state
+    attended = _flat(attention.out_proj, gated_norm(o.flatten(2), gate, norm.weight, norm.eps))
+    hidden, routing = _finish(layer, x, attended)
+    return hidden, state, routing
 
 
 def lightning(
-    q: Tensor, k: Tensor, v: Tensor, slopes_H: Tensor, state: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, slopes_H: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of `lightning_attention` in parallel over chunks: [B, T, H, D], final state.
 
     The states before all chunks are one product of the chunks' updates with a matrix of decays.
-    Zeros before the first token leave its state at zero, so they make the first chunk whole;
-    after a `state`, T must be whole chunks.
+    Zeros before the first token make the first chunk whole; they leave a state of zero at zero,
+    so any other must be followed by whole chunks.
     """
-    length = q.shape[1]
-    missing = -length % CHUNK
-    if missing and state is not None:
-        raise ValueError(f"{length} tokens after a state; expected a multiple of {CHUNK}")
+    missing = -q.shape[1] % CHUNK
     q, k, v = (
         functional.pad(x, (0, 0, 0, 0, missing, 0)).unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4)
         for x in (q, k, v)
@@ -136,9 +150,8 @@ def lightning(
     between = _decay(slopes, CHUNK * (chunks[:, None] - 1 - chunks[:-1]))  # [H, M + 1, M]
     update = ((k * until_end[:, None].to(k.dtype)).transpose(-1, -2) @ v).float()
     states = torch.einsum("hmn,bhnkv->bhmkv", between, update)
-    if state is not None:
-        carried = torch.exp(-slopes[..., None, None] * CHUNK * chunks[:, None, None])[:, 0]
-        states = states + carried * state[:, :, None]
+    carried = torch.exp(-slopes * CHUNK * chunks)[:, 0, :, None, None]  # [H, M + 1, 1, 1]
+    states = states + carried * state[:, :, None]
     weights = (q @ k.transpose(-1, -2)) * inside[:, None].to(q.dtype)
     o = weights @ v + (q * since_start[:, None].to(q.dtype)) @ states[:, :, :-1].to(q.dtype)
     return o.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, missing:], states[:, :, -1]
@@ -168,7 +181,6 @@ def _tiled(times: int, *tables: Tensor) -> tuple[Tensor, ...]:
     return tuple(table.repeat(times, 1) for table in tables)
 
 
-@torch.compiler.disable
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal; the last query stands at the last key."""
     groups = q.shape[2] // k.shape[2]

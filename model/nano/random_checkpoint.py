@@ -106,14 +106,16 @@ def write_configuration(
     pinpoints: list[tuple[int, int]] | None = None,
     dtype: str = "bfloat16",
     endless: bool = False,
-    text: str = TRAINING_TEXT,
+    text: str | None = None,
 ) -> TokenIds:
     """Write what a checkpoint holds besides its tensors. `endless`: no token ends a text.
 
-    `text` is what the tokenizer learns its tokens from.
+    `text` is what the tokenizer learns its tokens from, phrases of it too.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    token_ids = write_tokenizer(folder, size.vocab_size, text)
+    token_ids = write_tokenizer(
+        folder, size.vocab_size, text or TRAINING_TEXT, phrases=text is not None
+    )
     grids = [list(p) for p in pinpoints or released_pinpoints(size.tile)]
     _write_json(folder / "config.json", _config_json(size, token_ids.image, grids, dtype))
     _write_json(folder / "preprocessor_config.json", _preprocessor_json(size, grids))

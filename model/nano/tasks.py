@@ -6,7 +6,6 @@ this copy equal to them.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,10 @@ _NUMBERS = {"total", "subtotal", "tax", "quantity", "unit_price", "amount"}
 # What stands in answers and in no prompt: symbols and accents of several bytes, and the pieces of
 # JSON and Markdown. Often enough that the tokenizer makes a token of each.
 _SYMBOLS = ["€", "£", "ä", "à", "á", "ö", "ó", "ü", "ú", "é", "è", "ñ", "ç", "ß", "•"]
-_KEYS_OF_JSON = re.compile(r'[{,]*"[a-z_]+":')
+_KEYS_OF_JSON = re.compile(r'[{},\[]*"[a-z_]+":')
+
+# Names of fields, in order, and the fields inside them.
+Shape = dict[str, "Shape"]
 
 
 def prompts() -> dict[str, str]:
@@ -33,14 +35,20 @@ def prompts() -> dict[str, str]:
     return json.loads(_PROMPTS.read_text(encoding="utf-8"))
 
 
-def schemas() -> dict[str, tuple[str, ...]]:
+def schemas() -> dict[str, Shape]:
     """The fields that each extract prompt asks for, in the order of the answer."""
+    party = {"name": {}, "address": {}, "tax_number": {}}
+    item = {"name": {}, "quantity": {}, "amount": {}}
+    line = {"description": {}, "quantity": {}, "unit_price": {}, "amount": {}}
+    receipt = "merchant address date time currency items tax tip total payment"
+    invoice = (
+        "invoice_number invoice_date due_date order_number seller buyer currency lines subtotal "
+        "tax total iban"
+    )
+    inner = {"seller": party, "buyer": party, "items": item, "lines": line}
     return {
-        "extract receipt": ("merchant", "receipt_number", "date", "currency", "total", "items"),
-        "extract invoice": (
-            *("invoice_number", "invoice_date", "due_date", "seller", "buyer", "currency"),
-            *("subtotal", "tax", "total", "items"),
-        ),
+        f"extract {kind}": {name: inner.get(name, {}) for name in names.split()}
+        for kind, names in (("receipt", receipt), ("invoice", invoice))
     }
 
 
@@ -50,26 +58,24 @@ def tokenizer_text() -> str:
     return "\n".join(["".join(_SYMBOLS), *(s for s in _SYMBOLS for _ in range(200)), frozen])
 
 
-def answers(content: Content, schemas: Mapping[str, Sequence[str]]) -> dict[str, Marked]:
+def answers(content: Content) -> dict[str, Marked]:
     """The answer to every prompt that can be asked of a page."""
     found = {"read": content.markdown, "describe": content.description}
     if content.facts:
         task = f"extract {content.kind}"
-        found[task] = to_json({key: content.facts.get(key) for key in schemas[task]})
+        found[task] = to_json(dict(content.facts), schemas()[task])
     return found
 
 
-def to_json(value: Mapping[str, Fact] | Fact, name: str = "") -> Marked:
-    """Compact JSON that keeps the places of what it quotes."""
-    if value is None:
+def to_json(fact: Fact, shape: Shape, name: str = "") -> Marked:
+    """Compact JSON, its keys in the order of the schema, that keeps the places of its values."""
+    if fact is None:
         return marked("null")
-    if isinstance(value, Marked):
-        if name in _NUMBERS:
-            return value
-        return '"' + value + '"'
-    if isinstance(value, list):
-        return "[" + join(",", (to_json(item) for item in value)) + "]"
-    fields = (f'"{key}":' + to_json(fact, key) for key, fact in value.items())
+    if isinstance(fact, Marked):
+        return fact if name in _NUMBERS else '"' + fact + '"'
+    if isinstance(fact, list):
+        return "[" + join(",", (to_json(item, shape) for item in fact)) + "]"
+    fields = (f'"{key}":' + to_json(fact[key], inner, key) for key, inner in shape.items())
     return "{" + join(",", fields) + "}"
 
 

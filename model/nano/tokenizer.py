@@ -64,8 +64,12 @@ class TokenIds:
     wordless: tuple[int, ...]
 
 
-def write_tokenizer(folder: Path, vocab_size: int, text: str = TRAINING_TEXT) -> TokenIds:
+def write_tokenizer(
+    folder: Path, vocab_size: int, text: str = TRAINING_TEXT, *, phrases: bool = False
+) -> TokenIds:
     """Train on `text` and write the files. The special tokens come last.
+
+    `phrases`: a token may span words, so that a prompt known beforehand takes few of them.
 
     Raises ValueError when `vocab_size` does not hold the 256 bytes and the special tokens.
     """
@@ -73,7 +77,9 @@ def write_tokenizer(folder: Path, vocab_size: int, text: str = TRAINING_TEXT) ->
     if vocab_size < 256 + len(specials):
         raise ValueError(f"vocab_size {vocab_size}; expected {256 + len(specials)} or more")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=not phrases
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(specials),

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from model.nano.losses import Heads, Losses, Weights
 from model.nano.optimizer import Optimizer
 from model.nano.random_checkpoint import NanoSizes
 from model.nano.sizes import NANO, write_nano_configuration
-from model.nano.tasks import prompts, schemas
+from model.nano.tasks import prompts
 from model.tokenizer import Tokenizer
 
 _PIECE_BYTES = 15 << 20
@@ -45,15 +45,17 @@ class Settings:
     seconds: float
     decay: float = 0.0
     device: str = "cuda"
+    compiled: bool = False
     workers: int = 15
-    tokens: int = 80_000
+    tokens: int = 64_000
     seed: int = 0
     size: NanoSizes = NANO
-    weights: Weights = Weights()
+    weights: Weights = field(default_factory=Weights)
     matrix_rate: float = 0.02
     other_rate: float = 0.003
     most_batches: int | None = None
     easy: int = 300
+    log_every: int = 20
 
 
 class Training:
@@ -103,7 +105,6 @@ class Training:
             Plan(settings.tokens, easy=settings.easy),
             self.configuration / "tokenizer.json",
             self.templates,
-            schemas(),
             self.decoder.config.pinpoints,
             start=self.number,
         )
@@ -179,9 +180,10 @@ def _waves(tokens: int, width: int) -> torch.Tensor:
 def train(settings: Settings) -> Training:
     """One sitting. Appends to STATE/curve.jsonl, saves STATE at the end."""
     begin = time.monotonic()
+    torch.set_float32_matmul_precision("high")
     training = Training(settings)
     losses = training.losses()
-    rows = Log(settings.state / "curve.jsonl")
+    rows = Log(settings.state / "curve.jsonl", settings.log_every)
     batches = iter(training.batches())
     first = training.number
     with plain_layers():
@@ -207,7 +209,7 @@ def _is_over(settings: Settings, batches: int, seconds: float) -> bool:
 class Log:
     """The mean losses of every so many batches, one JSON object a line."""
 
-    def __init__(self, path: Path, every: int = 20) -> None:
+    def __init__(self, path: Path, every: int) -> None:
         self._path, self._every = path, every
         self._sums: dict[str, torch.Tensor] = {}
         self._batches = self._pages = self._tokens = 0
@@ -218,7 +220,7 @@ class Log:
             self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._batches += 1
         self._pages += len(batch.tiles)
-        self._tokens += batch.layout.tokens * len(batch.tiles) + batch.ids.numel()
+        self._tokens += batch.tokens
         if self._batches == self._every:
             self._write(number, rate)
 
@@ -248,7 +250,8 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    parser.add_argument("--tokens", type=int, default=80_000, help="of the images in a batch")
+    parser.add_argument("--tokens", type=int, default=64_000, help="of the images in a batch")
+    parser.add_argument("--compiled", action="store_true", help="through torch.compile")
     parser.add_argument("--matrix-rate", type=float, default=0.02)
     parser.add_argument("--other-rate", type=float, default=0.003)
     parser.add_argument("--export", type=Path, help="write a checkpoint here at the end")

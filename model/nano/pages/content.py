@@ -7,15 +7,15 @@ from model.nano.pages.marked import Marked, join, marked
 from model.nano.pages.words import MONTHS, Date, Money
 
 # A value of a field: text, a number or a date as JSON writes it; null; or a list of line items.
-Fact = Marked | None | list[dict[str, "Fact"]]
+Fact = Marked | None | list["Fact"] | dict[str, "Fact"]
 
 
 @dataclass(frozen=True)
 class Content:
     """The truth about a page.
 
-    facts: the fields of a receipt or an invoice under the names of the shipped schemas; a value of
-    `numbers` stands in JSON without quotes. Empty for other kinds of page.
+    facts: the fields of a receipt or an invoice under the names of the shipped schemas. Empty for
+    other kinds of page.
     """
 
     kind: str

@@ -11,17 +11,20 @@ def receipt(sheet: Sheet, words: Words) -> Content:
     align: Align = words.random.choice(("left", "center", "center"))
     money, date = words.money(), words.date()
     shop = sheet.line(words.company(), align=align, bold=words.chance(0.6), scale=1.2)
-    head: list[Marked] = []
-    for make in (words.street, words.city, words.phone):
-        if words.chance(0.5):
-            head.append(sheet.line(make(), align=align))
+    address = [
+        sheet.line(make(), align=align) for make in (words.street, words.city) if words.chance(0.5)
+    ]
+    head = list(address)
+    if words.chance(0.3):
+        head.append(sheet.line(words.phone(), align=align))
     _divide(sheet, words)
     meta, facts = _receipt_meta(sheet, words, date)
     _divide(sheet, words)
     lines, items, sum_cents = _receipt_items(sheet, words, money)
     _divide(sheet, words)
     tail, totals = _receipt_total(sheet, words, money, sum_cents)
-    facts |= {"merchant": shop, **totals, "items": items}
+    facts |= {"merchant": shop, **totals, "items": items, "tip": None}
+    facts["address"] = join(", ", address) if address else None
     if sheet.room() > 1 and words.chance(0.5):
         sheet.skip(0.4)
         thanks = words.random.choice(("Thank you!", "Please come again", "Have a nice day"))
@@ -30,9 +33,17 @@ def receipt(sheet: Sheet, words: Words) -> Content:
     return Content(
         "receipt",
         join("\n\n", blocks),
-        "A receipt from " + shop + " for " + totals["total"] + " " + totals["currency"] + ".",
+        "A receipt from " + shop + " for " + _sum(totals) + ".",
         facts,
     )
+
+
+def _sum(facts: dict[str, Fact]) -> Marked:
+    """12.40 EUR"""
+    total, code = facts["total"], facts["currency"]
+    assert isinstance(total, Marked)
+    assert isinstance(code, Marked)
+    return total + " " + code
 
 
 def _divide(sheet: Sheet, words: Words) -> None:
@@ -45,19 +56,21 @@ def _divide(sheet: Sheet, words: Words) -> None:
 def _receipt_meta(sheet: Sheet, words: Words, date: Date) -> tuple[list[Marked], dict[str, Fact]]:
     label = words.random.choice(("Receipt", "Receipt No.", "Bon", "No.", "Ticket"))
     number = words.code()
-    parts = {
-        "number": lambda: _label_value(sheet, label, number, words.chance(0.3)),
-        "date": lambda: _label_value(
-            sheet, words.random.choice(("Date", "", "Date:")), date.shown, words.chance(0.3)
-        ),
-    }
-    order = ["number", "date"] if words.chance(0.6) else ["date", "number"]
-    set_lines = {name: parts[name]() for name in order}
-    facts: dict[str, Fact] = {
-        "receipt_number": set_lines["number"][1],
-        "date": iso(set_lines["date"][1], date),
-    }
-    return [set_lines[name][0] for name in order], facts
+    day = date.shown
+    time = words.time() if words.chance(0.5) else ""
+    day_label = words.random.choice(("Date", "", "Date:"))
+    entries = [("number", label, number), ("date", day_label, f"{day} {time}".strip())]
+    if words.chance(0.4):
+        entries.reverse()
+    lines = []
+    facts: dict[str, Fact] = {"time": None}
+    for name, text, value in entries:
+        line, shown = _label_value(sheet, text, value, words.chance(0.3))
+        lines.append(line)
+        if name == "date":
+            facts["date"] = iso(shown[: len(day)], date)
+            facts["time"] = shown[len(day) + 1 :] if time else None
+    return lines, facts
 
 
 def _label_value(sheet: Sheet, label: str, value: str, apart: bool) -> tuple[Marked, Marked]:
@@ -94,7 +107,7 @@ def _receipt_items(
         start = len(f"{count} x ") if counted else 0
         items.append(
             {
-                "description": name[start:],
+                "name": name[start:],
                 "quantity": name[:1] if counted else None,
                 "amount": amount(price, money),
             }
@@ -104,20 +117,33 @@ def _receipt_items(
 
 def _receipt_total(
     sheet: Sheet, words: Words, money: Money, cents: int
-) -> tuple[list[Marked], dict[str, Marked]]:
+) -> tuple[list[Marked], dict[str, Fact]]:
     bold, scale = words.chance(0.6), words.random.choice((1, 1, 1.15))
     label = words.random.choice(("Total", "TOTAL", "Sum", "Amount due", "To pay"))
     name = sheet.put(label, bold=bold, scale=scale)
-    price_left = sheet.left + sheet.font(bold, scale).getlength(label + "  ")
+    left = sheet.left + sheet.font(bold, scale).getlength(label + "  ")
     shown = sheet.line(
-        money.full(cents), align="right", bold=bold, scale=scale, left=price_left, whole=True
+        money.full(cents), align="right", bold=bold, scale=scale, left=left, whole=True
     )
     lines = [name + " " + shown]
-    if sheet.room() > 2 and words.chance(0.4):
-        paid = words.random.choice(("Cash", "Card", "Visa", "Debit"))
-        name, digits = sheet.put(paid), money.digits(cents)
-        lines.append(name + " " + sheet.line(digits, align="right", left=price_left, whole=True))
-    return lines, {"currency": currency(shown, money), "total": amount(shown, money)}
+    facts: dict[str, Fact] = {"currency": currency(shown, money), "total": amount(shown, money)}
+    facts |= {"tax": None, "payment": None}
+    if sheet.room() > 2 and words.chance(0.3):
+        tax = sheet.put(words.random.choice(("VAT", "Tax", "incl. VAT")))
+        digits = money.digits(cents // words.random.choice((5, 6, 10)))
+        value = sheet.line(digits, align="right", left=left + 20, whole=True)
+        lines.append(tax + " " + value)
+        facts["tax"] = amount(value, money)
+    if sheet.room() > 2 and words.chance(0.5):
+        paid, means = words.random.choice(
+            (("Cash", "cash"), ("Card", "card"), ("Visa", "card"), ("Voucher", "other"))
+        )
+        name = sheet.put(paid)
+        lines.append(
+            name + " " + sheet.line(money.digits(cents), align="right", left=left + 20, whole=True)
+        )
+        facts["payment"] = Marked(means, (name.glyphs[0],) * len(means))
+    return lines, facts
 
 
 def invoice(sheet: Sheet, words: Words) -> Content:
@@ -129,14 +155,18 @@ def invoice(sheet: Sheet, words: Words) -> Content:
     if title_first:
         title = sheet.line(title_text, bold=True, scale=1.4)
         sheet.skip(0.3)
-    seller = _address(sheet, words, words.company(), bold=words.chance(0.5))
+    seller, seller_facts = _party(
+        sheet, words, words.company(), bold=words.chance(0.5), taxed=words.chance(0.3)
+    )
     sheet.skip(0.5)
     if title is None:
         title = sheet.line(title_text, bold=True, scale=1.4)
         sheet.skip(0.3)
     label = words.random.choice(("Bill to:", "To:", "Customer:", ""))
     to = [sheet.line(label)] if label else []
-    buyer = _address(sheet, words, words.company() if words.chance(0.5) else words.person())
+    buyer, buyer_facts = _party(
+        sheet, words, words.company() if words.chance(0.5) else words.person()
+    )
     sheet.skip(0.5)
     meta, facts = _invoice_meta(sheet, words)
     sheet.skip(0.5)
@@ -146,22 +176,38 @@ def invoice(sheet: Sheet, words: Words) -> Content:
     first = ["# " + title, join("\n", seller)] if title_first else [
         join("\n", seller), "# " + title]  # fmt: skip
     blocks = [*first, join("\n", to + buyer), join("\n", meta), items, join("\n", tail)]
-    facts |= {"seller": seller[0], "buyer": buyer[0], **totals, "items": item_facts}
-    total = totals["total"] + " " + totals["currency"]
+    facts |= {"seller": seller_facts, "buyer": buyer_facts, **totals, "lines": item_facts}
+    facts["iban"] = None
+    if sheet.room() >= 2 and words.chance(0.4):
+        sheet.skip(0.5)
+        label = words.random.choice(("IBAN", "IBAN:", "Account:", "Pay to"))
+        line, facts["iban"] = _label_value(sheet, label, words.iban(), apart=False)
+        blocks.append(line)
     return Content(
         "invoice",
         join("\n\n", blocks),
-        "An invoice from " + seller[0] + " to " + buyer[0] + " for " + total + ".",
+        "An invoice from " + seller[0] + " to " + buyer[0] + " for " + _sum(totals) + ".",
         facts,
     )
 
 
-def _address(sheet: Sheet, words: Words, name: str, bold: bool = False) -> list[Marked]:
+def _party(
+    sheet: Sheet, words: Words, name: str, *, bold: bool = False, taxed: bool = False
+) -> tuple[list[Marked], Fact]:
+    """Lines of name and address, and perhaps a tax number."""
     lines = [sheet.line(name, bold=bold)]
-    for make in (words.street, words.city):
-        if words.chance(0.8):
-            lines.append(sheet.line(make()))
-    return lines
+    address = [sheet.line(make()) for make in (words.street, words.city) if words.chance(0.8)]
+    facts: dict[str, Fact] = {
+        "name": lines[0],
+        "address": join(", ", address) if address else None,
+        "tax_number": None,
+    }
+    lines += address
+    if taxed:
+        label = words.random.choice(("VAT No.", "Tax ID", "VAT:", "Tax number"))
+        line, facts["tax_number"] = _label_value(sheet, label, words.tax_number(), apart=False)
+        lines.append(line)
+    return lines, facts
 
 
 def _invoice_meta(sheet: Sheet, words: Words) -> tuple[list[Marked], dict[str, Fact]]:
@@ -178,17 +224,18 @@ def _invoice_meta(sheet: Sheet, words: Words) -> tuple[list[Marked], dict[str, F
     ]
     if words.chance(0.5):
         entries.append(("due_date", pick(("Due:", "Due date:", "Pay by:")), due.shown))
+    if words.chance(0.3):
+        label = pick(("Order:", "Order No.", "Your reference:", "PO"))
+        entries.append(("order_number", label, words.code()))
     if words.chance(0.25):
         words.random.shuffle(entries)
-    lines, facts = [], {"due_date": None}
+    dates = {"invoice_date": date, "due_date": due}
+    lines: list[Marked] = []
+    facts: dict[str, Fact] = {"due_date": None, "order_number": None}
     for name, label, value in entries:
         line, shown = _label_value(sheet, label, value, apart)
         lines.append(line)
-        facts[name] = {
-            "invoice_number": lambda s: s,
-            "invoice_date": lambda s: iso(s, date),
-            "due_date": lambda s: iso(s, due),
-        }[name](shown)
+        facts[name] = iso(shown, dates[name]) if name in dates else shown
     return lines, facts
 
 
@@ -203,7 +250,7 @@ def _invoice_items(
     if words.chance(0.6):
         sheet.rule()
     rows, items, total = [], [], 0
-    for _ in range(words.random.randint(1, max(1, min(6, sheet.room(keep=4))))):
+    for _ in range(words.random.randint(1, max(1, min(5, sheet.room(keep=4))))):
         count, price = words.random.randint(1, 20), words.cents(90000)
         total += count * price
         texts = [words.goods(), str(count), money.digits(price), money.digits(count * price)]
@@ -241,11 +288,12 @@ def _cells(sheet: Sheet, texts: list[str], edges: list[int], bold: bool = False)
 
 def _invoice_totals(
     sheet: Sheet, words: Words, money: Money, net: int
-) -> tuple[list[Marked], dict[str, Marked]]:
+) -> tuple[list[Marked], dict[str, Fact]]:
     left = sheet.left if words.chance(0.3) else sheet.left + (sheet.right - sheet.left) * 0.4
     rate = words.random.choice((0, 7, 19, 20, 25))
     tax = net * rate // 100
-    lines, facts = [], {}
+    lines: list[Marked] = []
+    facts: dict[str, Fact] = {"subtotal": None, "tax": None}
     if rate:
         entries = [
             ("subtotal", words.random.choice(("Subtotal", "Net")), money.digits(net)),

@@ -3,384 +3,50 @@
 from dataclasses import dataclass
 from random import Random
 
-_ONSETS = [
-    "b",
-    "c",
-    "d",
-    "f",
-    "g",
-    "h",
-    "j",
-    "k",
-    "l",
-    "m",
-    "n",
-    "p",
-    "r",
-    "s",
-    "t",
-    "v",
-    "w",
-    "z",
-    "br",
-    "ch",
-    "cl",
-    "cr",
-    "dr",
-    "fl",
-    "fr",
-    "gl",
-    "gr",
-    "kn",
-    "pl",
-    "pr",
-    "qu",
-    "sc",
-    "sh",
-    "sk",
-    "sl",
-    "sm",
-    "sn",
-    "sp",
-    "st",
-    "str",
-    "sw",
-    "th",
-    "tr",
-    "tw",
-    "wh",
-    "x",
-    "y",
-]
-_VOWELS = [
-    "a",
-    "e",
-    "i",
-    "o",
-    "u",
-    "a",
-    "e",
-    "i",
-    "o",
-    "u",
-    "ai",
-    "ea",
-    "ee",
-    "ie",
-    "io",
-    "oa",
-    "oo",
-    "ou",
-    "au",
-    "ay",
-]
+
+def _split(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
+
+
+_ONSETS = _split("""
+b c d f g h j k l m n p r s t v w z br ch cl cr dr fl fr gl gr kn pl pr qu sc sh sk sl sm sn
+sp st str sw th tr tw wh x y
+""")
+_VOWELS = _split("a e i o u a e i o u ai ea ee ie io oa oo ou au ay")
 _CODAS = (
     " " * 9 + "b ck d f g l ll m n nd ng nk nt p r rd rk rm rn rt s ss st t tch th x y"
 ).split(" ")
 _ENDINGS = (" " * 8 + "ed er ing ly ness tion al ous ful able ism ment").split(" ")
 _ACCENTS = {"a": "äàá", "o": "öó", "u": "üú", "e": "éè", "n": "ñ", "c": "ç", "s": "ß"}
 
-_COMMON = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "a",
-    "is",
-    "that",
-    "for",
-    "it",
-    "as",
-    "was",
-    "with",
-    "be",
-    "by",
-    "on",
-    "not",
-    "he",
-    "his",
-    "but",
-    "at",
-    "are",
-    "this",
-    "have",
-    "from",
-    "or",
-    "had",
-    "an",
-    "they",
-    "which",
-    "one",
-    "you",
-    "were",
-    "all",
-    "her",
-    "she",
-    "there",
-    "would",
-    "their",
-    "we",
-    "him",
-    "been",
-    "has",
-    "when",
-    "who",
-    "will",
-    "more",
-    "no",
-    "if",
-    "out",
-    "so",
-    "said",
-    "what",
-    "up",
-    "its",
-    "about",
-    "into",
-    "than",
-    "them",
-    "can",
-    "only",
-    "other",
-    "new",
-    "some",
-    "could",
-    "time",
-    "these",
-    "two",
-    "may",
-    "then",
-    "do",
-    "first",
-    "any",
-    "my",
-    "now",
-    "such",
-    "like",
-    "our",
-    "over",
-    "man",
-    "me",
-    "even",
-    "most",
-    "made",
-    "after",
-    "also",
-    "did",
-    "many",
-    "before",
-    "must",
-    "through",
-    "back",
-    "years",
-    "where",
-    "much",
-    "your",
-    "way",
-    "well",
-    "down",
-    "should",
-    "because",
-    "each",
-    "just",
-    "those",
-    "people",
-    "how",
-    "too",
-    "little",
-    "state",
-    "good",
-    "very",
-    "make",
-    "world",
-    "still",
-    "own",
-    "see",
-    "men",
-    "work",
-    "long",
-    "get",
-    "here",
-    "between",
-    "both",
-    "life",
-    "being",
-    "under",
-    "never",
-    "day",
-    "same",
-    "another",
-    "know",
-    "while",
-    "last",
-    "might",
-    "us",
-    "great",
-    "old",
-    "year",
-    "off",
-    "come",
-    "since",
-    "against",
-    "go",
-    "came",
-    "right",
-    "used",
-    "take",
-    "three",
-    "states",
-    "himself",
-    "few",
-    "house",
-    "use",
-    "during",
-    "without",
-    "again",
-    "place",
-    "around",
-    "however",
-    "home",
-    "small",
-    "found",
-    "part",
-    "school",
-    "once",
-    "general",
-    "high",
-    "upon",
-    "every",
-    "please",
-    "thank",
-    "you",
-    "for",
-    "your",
-    "order",
-    "we",
-    "write",
-    "to",
-    "tell",
-    "number",
-    "office",
-    "letter",
-    "paper",
-    "water",
-    "light",
-    "open",
-]
+_COMMON = _split("""
+the of and to in a is that for it as was with be by on not he his but at are this have from or
+had an they which one you were all her she there would their we him been has when who will
+more no if out so said what up its about into than them can only other new some could time
+these two may then do first any my now such like our over man me even most made after also did
+many before must through back years where much your way well down should because each just
+those people how too little state good very make world still own see men work long get here
+between both life being under never day same another know while last might us great old year
+off come since against go came right used take three states himself few house use during
+without again place around however home small found part school once general high upon every
+please thank you for your order we write to tell number office letter paper water light open
+""")
 
-GOODS = [
-    "Bread",
-    "Milk",
-    "Butter",
-    "Cheese",
-    "Apples",
-    "Pears",
-    "Coffee",
-    "Tea",
-    "Sugar",
-    "Flour",
-    "Rice",
-    "Pasta",
-    "Soap",
-    "Paper",
-    "Pens",
-    "Ink",
-    "Lamp",
-    "Chair",
-    "Desk",
-    "Cable",
-    "Screws",
-    "Paint",
-    "Brush",
-    "Nails",
-    "Glue",
-    "Tape",
-    "Bolts",
-    "Pipe",
-    "Hose",
-    "Valve",
-    "Filter",
-    "Pump",
-    "Switch",
-    "Sensor",
-    "Motor",
-    "Belt",
-    "Gear",
-    "Panel",
-    "Board",
-    "Shelf",
-    "Frame",
-    "Glass",
-    "Towel",
-    "Sheet",
-    "Pillow",
-    "Shirt",
-    "Socks",
-    "Gloves",
-    "Hat",
-    "Scarf",
-    "Boots",
-    "Eggs",
-    "Salt",
-    "Pepper",
-    "Honey",
-    "Jam",
-    "Juice",
-    "Water",
-    "Beer",
-    "Wine",
-    "Candle",
-    "Matches",
-    "Bag",
-]
-_GOODS_KINDS = [
-    "large",
-    "small",
-    "red",
-    "blue",
-    "green",
-    "black",
-    "white",
-    "soft",
-    "hard",
-    "new",
-    "fine",
-    "organic",
-    "steel",
-    "wood",
-]
-_TRADES = [
-    "Foods",
-    "Market",
-    "Store",
-    "Trading",
-    "Supplies",
-    "Bakery",
-    "Tools",
-    "Books",
-    "Garden",
-    "Motors",
-    "Electric",
-]
+GOODS = _split("""
+Bread Milk Butter Cheese Apples Pears Coffee Tea Sugar Flour Rice Pasta Soap Paper Pens Ink
+Lamp Chair Desk Cable Screws Paint Brush Nails Glue Tape Bolts Pipe Hose Valve Filter Pump
+Switch Sensor Motor Belt Gear Panel Board Shelf Frame Glass Towel Sheet Pillow Shirt Socks
+Gloves Hat Scarf Boots Eggs Salt Pepper Honey Jam Juice Water Beer Wine Candle Matches Bag
+""")
+_GOODS_KINDS = _split(
+    "large small red blue green black white soft hard new fine organic steel wood"
+)
+_TRADES = _split("Foods Market Store Trading Supplies Bakery Tools Books Garden Motors Electric")
 _FORMS = ("Ltd", "Inc", "GmbH", "& Co", "& Sons", "LLC", "AG", "")
-_STREETS = """
-Street Road Lane Avenue Way Square Court Hill Drive
-""".split()
-MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
+_STREETS = _split("Street Road Lane Avenue Way Square Court Hill Drive")
+MONTHS = _split("""
+January February March April May June July August September October November December
+""")
 _DATE_FORMS = ("{y}-{m:02}-{d:02}", "{d:02}.{m:02}.{y}", "{d:02}/{m:02}/{y}", "{d} {month} {y}",
                "{month} {d}, {y}", "{d} {short} {y}")  # fmt: skip
 
@@ -438,7 +104,7 @@ class Words:
         word = "".join(choice(_ONSETS) + choice(_VOWELS) + choice(_CODAS) for _ in range(syllables))
         word += choice(_ENDINGS)
         if self.chance(0.04):
-            at = self.random.randrange(len(word))
+            at = self.random.randrange(1, len(word))
             if word[at] in _ACCENTS:
                 word = word[:at] + choice(_ACCENTS[word[at]]) + word[at + 1 :]
         return word
@@ -469,6 +135,17 @@ class Words:
         return f"{self.name().lower()}@{self.name().lower()}.com".translate(
             {ord(c): None for c in "äàáöóüúéèñçß"}
         )
+
+    def iban(self) -> str:
+        r = self.random
+        digits = "".join(str(r.randrange(10)) for _ in range(18))
+        text = f"{r.choice(('DE', 'FR', 'GB', 'CH', 'NL'))}{r.randint(10, 99)}{digits}"
+        if self.chance(0.3):
+            return text
+        return " ".join(text[i : i + 4] for i in range(0, len(text), 4))
+
+    def tax_number(self) -> str:
+        return f"{self.random.choice(('DE', 'FR', 'GB', 'ATU', ''))}{self.random.randint(10**7, 10**9)}"
 
     def code(self) -> str:
         r = self.random
