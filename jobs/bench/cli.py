@@ -37,6 +37,20 @@ int8 inputs may be less exact than these.
   vl01 bench error"""
 
 
+_QUALITY = """Measure how well a checkpoint reads.
+
+Draws receipts, invoices, letters, forms, tables and texts that are always
+the same for a seed and that the small checkpoint was not trained on, asks
+for their text, their fields and a description, and counts what is wrong:
+once in fonts of its training, once in a font it has never seen. For any
+checkpoint and any setting of the engine: run it twice to compare two.
+
+[bold]Examples[/bold]
+  vl01 bench quality --model CHECKPOINT --pages 8
+  vl01 bench quality --model CHECKPOINT --quantization int8 --pp 4
+  vl01 bench quality --model CHECKPOINT --answers answers.jsonl"""
+
+
 class WorkloadName(StrEnum):
     ALL = "all"
     COCO = "coco640x480"
@@ -50,6 +64,12 @@ class Width(StrEnum):
 
 
 class Quantization(StrEnum):
+    INT8 = "int8"
+    DYNAMIC = "int8-dynamic"
+
+
+class CheckpointQuantization(StrEnum):
+    NONE = "none"
     INT8 = "int8"
     DYNAMIC = "int8-dynamic"
 
@@ -126,6 +146,39 @@ def bench_error(
     from jobs.bench.error import measure_errors
 
     report.show_errors(measure_errors(layers, str(width), str(device), tokens))
+
+
+@app.command("quality", help=_QUALITY)
+def bench_quality(
+    model: Annotated[Path, typer.Option(help="folder of the checkpoint", file_okay=False)],
+    pages: Annotated[int, typer.Option(min=1, help="pages in each set of fonts")] = 24,
+    seed: Annotated[int, typer.Option(help="another seed, other pages")] = 0,
+    quantization: Annotated[CheckpointQuantization, typer.Option()] = CheckpointQuantization.NONE,
+    pp: Annotated[int, typer.Option("--pp", min=1, help="ranks the layers are spread over")] = 1,
+    chunk_tokens: Annotated[int, typer.Option(min=128, help="most tokens at a time")] = 16384,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 1024,
+    device: Annotated[Device, typer.Option()] = Device.AUTO,
+    answers: Annotated[
+        Path | None, typer.Option(help="write every answer beside its truth", dir_okay=False)
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the numbers here too", dir_okay=False)
+    ] = None,
+) -> None:
+    from jobs.bench import quality
+    from model.engine.config import EngineConfig
+
+    config = EngineConfig(
+        str(model),
+        ranks=pp,
+        device=device.value,
+        quantization=quantization.value,
+        chunk_tokens=chunk_tokens,
+    )
+    scores = quality.measure(config, pages, seed, max_new_tokens, answers)
+    quality.show(scores)
+    if json_file:
+        json_file.write_text(json.dumps(quality.as_json(config, seed, scores), indent=2))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ class Losses:
         self._run = Runner(decoder, compiled=compiled)
         if compiled:
             forward = torch.compile(VisionLayer.forward, dynamic=True)
-            for layer in decoder.vision_tower.layers:
+            layers: Any = decoder.vision_tower.layers
+            for layer in layers:
                 layer.forward = partial(forward, layer)
         mean, std = decoder.config.image_mean, decoder.config.image_std
         device = decoder.image_newline.device

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor_config
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
-from model.decoder import Decoder, DecoderLayer
+from model.decoder import Decoder
 from model.inputs.tiling import Layout
 from model.layers.activation import silu
 from model.layers.lightning_attention import LightningAttention
 from model.layers.linear import linear
-from model.layers.moe import MixtureOfExperts, route
+from model.layers.moe import MixtureOfExperts
 from model.layers.norm import gated_norm, residual_norm
 from model.layers.rotary import rotary, rotary_tables
 from model.vision.packing import pack
@@ -68,6 +69,8 @@ class Runner:
         self._decoder = decoder
         self._lightning, self._finish = _lightning, _finish
         if compiled:
+            # Of torch 2.11: with it, symbolic sizes end in an AssertionError of get_pw_red_splits.
+            inductor_config.triton.coalesce_tiling_analysis = False
             self._lightning = torch.compile(_lightning, dynamic=True)
             self._finish = torch.compile(_finish, dynamic=True)
 
@@ -86,9 +89,7 @@ class Runner:
             outputs.append(output)
         return outputs
 
-    def _run(
-        self, layer: DecoderLayer, x: Tensor, memory: Memory | None, start: int
-    ) -> LayerOutput:
+    def _run(self, layer: Any, x: Tensor, memory: Memory | None, start: int) -> LayerOutput:
         if isinstance(layer.attention, LightningAttention):
             if memory is None:
                 shape = (len(x), layer.attention.heads, *2 * (layer.attention.head_dim,))
@@ -100,7 +101,7 @@ class Runner:
         return LayerOutput(hidden, memory, routing, pointers)
 
 
-def _finish(layer: DecoderLayer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+def _finish(layer: Any, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
     norm, residual = layer.post_attention_layernorm, layer.moe_residual
     x = residual_norm(x, attended, layer.attention_residual, norm.weight, norm.eps)
     y, routing = _experts(layer.moe, x)
@@ -198,12 +199,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _experts(moe: MixtureOfExperts, x: Tensor) -> tuple[Tensor, Tensor]:
     """All experts on all tokens, as one wide MLP: at these sizes sorting tokens costs more."""
-    logits = _flat(moe.gate, x)
-    chosen, weights = route(logits, moe.top_k)
-    weights_E = torch.zeros_like(logits, dtype=torch.float32).scatter(-1, chosen, weights)
+    probabilities = torch.softmax(_flat(moe.gate, x).float(), dim=-1)
+    weights_E = _largest(probabilities, moe.top_k)
     inner = linear(x.flatten(0, 1), moe.w13.flatten(0, 1)).view(*x.shape[:2], len(moe.w13), -1)
     gate, up = inner.chunk(2, dim=-1)
     weighed = silu(gate) * up * weights_E[..., None].to(x.dtype)
     w2 = moe.w2.permute(1, 0, 2).flatten(1)
     y = linear(weighed.flatten(2).flatten(0, 1), w2).view(x.shape)
-    return y, torch.softmax(logits.float(), dim=-1)
+    return y, probabilities
+
+
+def _largest(probabilities: Tensor, count: int) -> Tensor:
+    """`route` as weights of all experts, 0 for those not chosen; topk is slow on short rows."""
+    least, rest = probabilities, probabilities
+    for _ in range(count):
+        least = rest.amax(dim=-1, keepdim=True)
+        rest = rest.masked_fill(rest >= least, -1)
+    chosen = probabilities * (probabilities >= least)
+    return chosen / chosen.sum(dim=-1, keepdim=True)

@@ -58,7 +58,8 @@ class Optimizer:
         self._adam.param_groups[0]["lr"] = self._other_rate * rate
         self._adam.step()
         with torch.no_grad():
-            torch._foreach_copy_(self._others, self._masters)
+            for weight, master in zip(self._others, self._masters, strict=True):
+                weight.copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
         """In bf16, so that it travels: half the bytes, and what is lost is less than one step."""

@@ -6,6 +6,7 @@ this copy equal to them.
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def to_json(fact: Fact, shape: Shape, name: str = "") -> Marked:
         return marked("null")
     if isinstance(fact, Marked):
         return fact if name in _NUMBERS else '"' + fact + '"'
-    if isinstance(fact, list):
+    if isinstance(fact, Sequence):
         return "[" + join(",", (to_json(item, shape) for item in fact)) + "]"
     fields = (f'"{key}":' + to_json(fact[key], inner, key) for key, inner in shape.items())
     return "{" + join(",", fields) + "}"
@@ -94,7 +95,7 @@ class Answers:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}
-        self._end: int = tokenizer.token_to_id(END)
+        self._end = tokenizer.encode(END, add_special_tokens=False).ids
 
     def encode(self, answer: Marked) -> Encoded:
         ids: list[int] = []
@@ -105,7 +106,7 @@ class Answers:
             ids += tokens
             glyphs += [answer.glyphs[at] if len(piece) == 1 else NOWHERE] * len(tokens)
             at += len(piece)
-        ids.append(self._end)
+        ids += self._end
         glyphs.append(NOWHERE)
         return Encoded(np.array(ids, np.int32), np.array(glyphs, np.int32))
 

@@ -91,8 +91,8 @@ class Training:
 
     def losses(self) -> Losses:
         template = self.templates["read"]
-        is_cuda = self.settings.device == "cuda"
-        return Losses(self.decoder, self.heads, template, self.settings.weights, compiled=is_cuda)
+        compiled = self.settings.compiled
+        return Losses(self.decoder, self.heads, template, self.settings.weights, compiled=compiled)
 
     @property
     def templates(self) -> dict:
@@ -257,11 +257,10 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="write a checkpoint here at the end")
     given = parser.parse_args()
     given.state.mkdir(parents=True, exist_ok=True)
-    checkpoint = given.export
-    del given.export
-    training = train(Settings(**vars(given)))
-    if checkpoint:
-        export(training.decoder, checkpoint)
+    settings = {name: value for name, value in vars(given).items() if name != "export"}
+    training = train(Settings(**settings))
+    if given.export:
+        export(training.decoder, given.export)
 
 
 if __name__ == "__main__":

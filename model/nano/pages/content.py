@@ -1,13 +1,13 @@
 """What a page says, in the three ways a job may ask for it. Knows nothing of how it looks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from model.nano.pages.marked import Marked, join, marked
 from model.nano.pages.words import MONTHS, Date, Money
 
 # A value of a field: text, a number or a date as JSON writes it; null; or a list of line items.
-Fact = Marked | None | list["Fact"] | dict[str, "Fact"]
+Fact = Marked | None | Sequence["Fact"] | Mapping[str, "Fact"]
 
 
 @dataclass(frozen=True)

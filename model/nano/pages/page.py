@@ -14,9 +14,10 @@ from PIL import Image, ImageFilter
 
 from model.nano.pages.content import Content
 from model.nano.pages.fonts import Family
+from model.nano.pages.invoice import invoice
 from model.nano.pages.prose import form, grid, letter, plain
+from model.nano.pages.receipt import receipt
 from model.nano.pages.sheet import NoRoomError, Sheet, Style
-from model.nano.pages.trade import invoice, receipt
 from model.nano.pages.words import Words
 
 KINDS = {

@@ -129,11 +129,11 @@ class Sheet:
         # Kerning makes a line a little shorter than the sum of its characters.
         scale = font.getlength(text) / max(sum(advances), 1e-6)
         self.glyphs += text
-        y, glyphs = baseline - _MIDDLE * font.size, []
+        y, glyphs, reached = baseline - _MIDDLE * font.size, [], float(x)
         for advance in advances:
             glyphs.append(len(self.centres))
-            self.centres.append((x + advance * scale / 2, y))
-            x += advance * scale
+            self.centres.append((reached + advance * scale / 2, y))
+            reached += advance * scale
         return Marked(text, tuple(glyphs))
 
 

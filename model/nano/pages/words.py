@@ -145,7 +145,8 @@ class Words:
         return " ".join(text[i : i + 4] for i in range(0, len(text), 4))
 
     def tax_number(self) -> str:
-        return f"{self.random.choice(('DE', 'FR', 'GB', 'ATU', ''))}{self.random.randint(10**7, 10**9)}"
+        country = self.random.choice(("DE", "FR", "GB", "ATU", ""))
+        return f"{country}{self.random.randint(10**7, 10**9)}"
 
     def code(self) -> str:
         r = self.random

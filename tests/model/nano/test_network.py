@@ -37,7 +37,8 @@ def engine_logits(decoder, prefix, tiles, size, answer) -> torch.Tensor:
 def test_training_computes_what_the_engine_computes(decoder, size):
     generator = torch.Generator().manual_seed(0)
     vision = decoder.config.vision
-    layout = choose_layout(*size, decoder.config.pinpoints, vision.image_size, vision.patch_size)
+    pinpoints = decoder.config.pinpoints
+    layout = choose_layout(size[0], size[1], pinpoints, vision.image_size, vision.patch_size)
     shape = (2, layout.tiles, vision.image_size, vision.image_size, 3)
     tiles = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     answers = torch.randint(0, 500, (2, 2 * CHUNK), generator=generator)
