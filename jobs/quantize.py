@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jobs.config import absolute_address
-from jobs.flags import EndpointUrl
+from jobs.flags import Debug, EndpointUrl
 from jobs.show import quantized
 from pipeline.progress import Progress, clock
 from schemas.errors import StoppedError
@@ -54,6 +54,7 @@ def quantize(
         typer.Option(help="shards at a time; default: the cores, 16 at most", metavar="N", min=1),
     ] = None,
     endpoint_url: EndpointUrl = None,
+    _debug: Debug = False,
 ) -> None:
     from model.files import Folder
     from model.weights.convert import Quantizer

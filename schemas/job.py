@@ -120,8 +120,8 @@ class Job(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     random_weights: bool = Field(
         False,
-        description="for measuring only: the texts mean nothing, and of the checkpoint only the "
-        "configuration and the tokenizer are read",
+        description="for measuring only: the texts mean nothing; of the checkpoint only what "
+        "python -m model.nano.random_checkpoint DIR --released --no-tensors writes is read",
     )
     pp: Positive = Field(1, description="ranks (GPUs) that share the layers of one replica")
     replicas: Positive = Field(1, description="copies of the model that run side by side")

@@ -213,10 +213,13 @@ def test_the_same_job_on_s3_writes_the_same_rows(tmp_path, checkpoint, monkeypat
         bucket.mkdir("images")
         write_source(tmp_path / "source", good_images(18))
         bucket.put(str(tmp_path / "source"), "images/source", recursive=True)
+        bucket.put(str(checkpoint), "images/bf16", recursive=True)
 
         run(caption(tmp_path / "source", tmp_path / "out", checkpoint))
         there = "s3://images/out", "--endpoint-url", endpoint
-        run(caption("s3://images/source", there[0], checkpoint, *there[1:]))
+        model = "s3://images/int8"
+        run(command("quantize", "s3://images/bf16", model, *there[1:]))
+        run(caption("s3://images/source", there[0], model, *there[1:], "--pp", 2))
         run(command("verify", *there))
         remote = ds.dataset("images/out", format="parquet", filesystem=bucket).to_table()
         columns = [name for name in remote.column_names if name != "source"]

@@ -5,6 +5,7 @@ DST/_quantize/                        what is done; gone at the end
 DST/model.safetensors.index.json      written last: without it, DST is no checkpoint
 """
 
+import ctypes
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 import torch
@@ -28,6 +29,7 @@ from model.weights.shards import INDEX, PIECE_BYTES, QuantizeRecord, read_index,
 from schemas.errors import CheckpointError, ConfigError, StoppedError, VL01Error
 
 MOST_SHARD_BYTES = 5_000_000_000
+_M_MMAP_THRESHOLD = -3  # malloc.h
 _RECORDS = "_quantize"
 _SOURCE = "source.json"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -86,6 +88,7 @@ class Quantizer:
         """
         if self.is_done:
             return Quantized(len(self._plans), len(self._plans), 0, 0)
+        _give_memory_back()
         with _told(self._target):
             self._records.write(_SOURCE, json.dumps({"revision": self._revision}).encode())
             digests = self._kept | self._write_shards(workers, read)
@@ -239,6 +242,12 @@ def _cut(name: str, tensors: list[Planned]) -> list[ShardPlan]:
         for i, part in enumerate(parts, 1)
         if part
     ]
+
+
+def _give_memory_back() -> None:
+    """What is freed goes back to the system at once. glibc would keep it, for each thread."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 @contextmanager

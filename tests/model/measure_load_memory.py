@@ -1,98 +1,153 @@
-"""Peak memory of loading one rank of a large checkpoint, against what it has to hold.
+"""Time and memory of `vl01 quantize` and of loads, against `cat` of the same files. Run by hand:
 
-    python -m tests.model.measure_load_memory [--gigabytes 4.2] [--ranks 2] [--folder DIR]
+    python -m tests.model.measure_load_memory [--layers 2 --experts 4 --ranks 2 --folder DIR]
 
-Writes a random bf16 checkpoint, loads the ranks in fresh processes one after the other, and prints
-for each: peak resident memory above the interpreter's with torch imported, the bytes of its own
-weights, and the largest tensor. Exits 1 if a rank took more than weights + largest + 300 MB.
+Writes a random bf16 checkpoint of the released width, makes an int8 one of it, and loads both, each
+step in a fresh process and with the files dropped from the page cache. Memory is the peak above
+that of the interpreter with torch imported. Exits 1 if a rank took more than its weights + the
+largest tensor + 300 MB, or quantize more than the largest tensor + 300 MB.
 """
 
 import argparse
 import itertools
 import json
-import math
+import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 ALLOWANCE = 300_000_000
-
-# One layer of these holds 0.52 GB in bf16, nearly all of it experts, as in the real one.
-SIZES: dict[str, Any] = {
-    "hidden_size": 1024,
-    "heads": 8,
-    "kv_heads": 2,
-    "head_dim": 128,
-    "experts": 32,
-    "intermediate_size": 2560,
-    "vocab_size": 32768,
-}
-LAYER_GIGABYTES = 0.52
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gigabytes", type=float, default=4.2)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--folder", help="where the temporary checkpoint goes")
-    parser.add_argument("--load", nargs=3, metavar=("CHECKPOINT", "START", "STOP"))
-    arguments = parser.parse_args()
-    if arguments.load:
-        checkpoint, start, stop = arguments.load
-        print(json.dumps(_measure(checkpoint, range(int(start), int(stop)))))
+    parser.add_argument("--folder", help="where the temporary checkpoints go")
+    parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.step:
+        print(json.dumps(STEPS[given.step[0]](*given.step[1:])))
         return 0
-    layers = max(arguments.ranks, math.ceil(arguments.gigabytes / LAYER_GIGABYTES))
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        _write(folder, layers)
-        cuts = [layers * rank // arguments.ranks for rank in range(arguments.ranks + 1)]
-        spans = itertools.pairwise(cuts)
-        return max(_report(folder, start, stop) for start, stop in spans)
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        plain, int8 = Path(folder, "bf16"), Path(folder, "int8")
+        _write(plain, given)
+        excess = [_report("quantize", plain, plain, int8)]
+        cuts = [given.layers * rank // given.ranks for rank in range(given.ranks + 1)]
+        for checkpoint in (plain, int8):
+            _time_cat(checkpoint)
+            for start, stop in [(0, given.layers), *itertools.pairwise(cuts)]:
+                excess.append(_report("load", checkpoint, checkpoint, start, stop))
+        return int(max(excess) > ALLOWANCE)
 
 
-def _write(folder: str, layers: int) -> None:
-    from model.nano.random_checkpoint import write_random_checkpoint
+def _write(folder: Path, given: argparse.Namespace) -> None:
+    from model.nano.random_checkpoint import RELEASED_SIZES, write_random_checkpoint
 
-    started, before = time.monotonic(), _peak_bytes()
-    write_random_checkpoint(folder, layers=layers, shards=8, **SIZES)
-    size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-    print(
-        f"wrote {size / 1e9:.2f} GB in {time.monotonic() - started:.0f} s, "
-        f"{(_peak_bytes() - before) / 1e6:.0f} MB of memory"
+    started = time.monotonic()
+    sizes = replace(
+        RELEASED_SIZES,
+        **{name: getattr(given, name) for name in ("layers", "experts", "vocab_size")},
     )
+    write_random_checkpoint(folder, **vars(sizes))
+    print(f"wrote {_size(folder) / 1e9:.2f} GB in {time.monotonic() - started:.0f} s", flush=True)
 
 
-def _report(folder: str, start: int, stop: int) -> int:
-    command = [sys.executable, "-m", "tests.model.measure_load_memory", "--load"]
+def _report(step: str, cold: Path, *arguments: object) -> int:
+    """Runs a step with the files of `cold` on disk only; returns its peak memory beside what it
+    must hold, in bytes."""
+    _drop_from_cache(cold)
+    command = [sys.executable, "-m", "tests.model.measure_load_memory", "--step", step]
     output = subprocess.run(
-        [*command, folder, str(start), str(stop)], check=True, capture_output=True, text=True
+        [*command, *map(str, arguments)], check=True, capture_output=True, text=True
     ).stdout
     figures = json.loads(output)
     excess = figures["peak"] - figures["weights"] - figures["largest"]
-    megabytes = ", ".join(f"{name} {value / 1e6:.0f} MB" for name, value in figures.items())
+    gigabytes = figures["read"] / 1e9
     print(
-        f"layers {start}..{stop - 1}: {megabytes}; peak - weights - largest {excess / 1e6:.0f} MB"
+        f"{step} {cold.name} {arguments[1:] if step == 'load' else ''}: {gigabytes:.2f} GB in "
+        f"{figures['seconds']:.1f} s, {gigabytes / figures['seconds']:.2f} GB/s; peak "
+        f"{figures['peak'] / 1e6:.0f} MB, weights {figures['weights'] / 1e6:.0f} MB, "
+        f"largest tensor {figures['largest'] / 1e6:.0f} MB, the rest {excess / 1e6:.0f} MB",
+        flush=True,
     )
-    return int(excess > ALLOWANCE)
+    return excess
 
 
-def _measure(checkpoint: str, span: range) -> dict[str, int]:
+def _load(checkpoint: str, start: str, stop: str) -> dict[str, float]:
     import torch
 
     from model.weights.checkpoint import load_decoder
     from model.weights.names import checkpoint_tensors
+    from model.weights.shards import stored_tensors
 
-    before = _peak_bytes()
+    before, started, span = _peak_bytes(), time.monotonic(), range(int(start), int(stop))
     decoder = load_decoder(checkpoint, span, dtype=torch.bfloat16, device="cpu")
-    weights = [parameter.nbytes for parameter in decoder.parameters()]
-    entries = checkpoint_tensors(decoder.config, span)
+    seconds = time.monotonic() - started
+    names = {entry.name for entry in checkpoint_tensors(decoder.config, span)}
+    stored = stored_tensors(checkpoint).values()
+    own = [t.nbytes for t in stored if re.sub(r"\._(data|scale)$", "", t.name) in names]
     return {
         "peak": _peak_bytes() - before,
-        "weights": sum(weights),
-        "largest": 2 * max(math.prod(entry.shape) for entry in entries),
+        "weights": sum(parameter.nbytes for parameter in decoder.parameters()),
+        "largest": max(own),
+        "read": sum(own),
+        "seconds": seconds,
     }
+
+
+def _quantize(source: str, target: str) -> dict[str, float]:
+    import torch  # noqa: F401  (its memory does not count)
+
+    from model.files import Folder
+    from model.weights.convert import Quantizer
+    from model.weights.shards import stored_tensors
+
+    before, started = _peak_bytes(), time.monotonic()
+    done = Quantizer(Folder(source), Folder(target)).run(len(os.sched_getaffinity(0)))
+    seconds, peak = time.monotonic() - started, _peak_bytes() - before
+    largest = max(tensor.nbytes for tensor in stored_tensors(source).values())
+    return {
+        "peak": peak,
+        "weights": 0,
+        "largest": largest,
+        "read": done.bytes_read,
+        "seconds": seconds,
+    }
+
+
+STEPS = {"load": _load, "quantize": _quantize}
+
+
+def _time_cat(folder: Path) -> None:
+    _drop_from_cache(folder)
+    started = time.monotonic()
+    with open(os.devnull, "wb") as nowhere:
+        subprocess.run(["cat", *map(str, _shards(folder))], stdout=nowhere, check=True)
+    seconds, size = time.monotonic() - started, _size(folder) / 1e9
+    print(f"cat {folder.name}: {size:.2f} GB in {seconds:.1f} s, {size / seconds:.2f} GB/s")
+
+
+def _drop_from_cache(folder: Path) -> None:
+    for path in _shards(folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in _shards(folder))
 
 
 def _peak_bytes() -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
+from model import files
 from model.files import Folder
 from model.weights.checkpoint import load_decoder
 from model.weights.convert import Quantizer
@@ -195,3 +196,11 @@ def test_a_model_that_is_not_in_its_bucket_is_one_clear_line(s3, server, model):
     job = job_of("x", "y", endpoint_url=server).model_copy(update={"model": model})
     with pytest.raises(ConfigError, match=rf"{model} has no config\.json\. Expected"):
         open_model(job)
+
+
+def test_a_server_without_the_model_is_a_clear_line(server, monkeypatch):
+    monkeypatch.setattr(files, "READ_FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(files, "READ_TRIES", 2)
+    job = job_of("x", "y", endpoint_url="http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"s3://data/ckpt/config\.json could not be read in 2"):
+        open_model(job.model_copy(update={"model": "s3://data/ckpt"}))
