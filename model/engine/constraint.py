@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+from llguidance.numpy import fill_next_token_bitmask_par
 
 from schemas.errors import CheckpointError, ConfigError
 
@@ -44,10 +44,6 @@ class Constraint:
     @property
     def matcher(self) -> LLMatcher:
         return self._matcher.result()
-
-    def advance(self, token: int) -> None:
-        """The answer goes on with this token."""
-        self.matcher.consume_token(token)
 
     @property
     def error(self) -> str | None:
@@ -97,9 +93,15 @@ class Constraints:
         grammar = self._checked_grammar(json_schema)
         return Constraint(self._makers.submit(self._make, grammar))
 
+    def advance(self, constraints: Sequence[Constraint], tokens: Sequence[int]) -> list[bool]:
+        """Each answer goes on with its token. Can its grammar be followed any further?"""
+        matchers = [constraint.matcher for constraint in constraints]
+        return self._executor.consume_token_par(list(zip(matchers, tokens, strict=True)))
+
     def masks(self, constraints: Sequence[Constraint]) -> np.ndarray:
         """int32 [C, W]: bit v % 32 of word v // 32 says whether token v may come next."""
-        bits_CW = allocate_token_bitmask(len(constraints), self._vocab_size)
+        # Not filled before: its memory is first touched by the threads that write the masks.
+        bits_CW = np.empty((len(constraints), -(-self._vocab_size // 32)), dtype=np.int32)
         if constraints:
             rows = [(constraint.matcher, row) for row, constraint in enumerate(constraints)]
             fill_next_token_bitmask_par(self._executor, rows, bits_CW)

@@ -265,19 +265,34 @@ class Engine:
     def _record(self, plan: Plan, sampled: Sampled) -> list[Result]:
         assert sampled.number == plan.number
         self._scheduler.record(plan)
-        results, written = [], 0
+        written: dict[int, int] = {}  # sequence -> token
         for segment, token, logprob in zip(
             plan.sampling_segments, sampled.token_ids, sampled.logprobs, strict=True
         ):
-            live = self._live.get(segment.sequence)
-            if live is None:  # it ended while this token was computed
-                continue
-            written += 1
-            if live.write(token, logprob):
-                self._scheduler.finish(segment.sequence)
-                results.append(self._live.pop(segment.sequence).result())
-        self._count(plan, written)
-        return results
+            if live := self._live.get(segment.sequence):  # else it ended meanwhile
+                live.answer.append(token, logprob)
+                written[segment.sequence] = token
+        ended = self._ended(written)
+        for key in ended:
+            self._scheduler.finish(key)
+        self._count(plan, len(written))
+        return [self._live.pop(key).result() for key in ended]
+
+    def _ended(self, written: dict[int, int]) -> list[int]:
+        """The sequences that do not go on after these tokens. Tells the constraints of the rest."""
+        held: dict[int, Constraint] = {}
+        ended = []
+        for key in written:
+            live = self._live[key]
+            if live.answer.finish_reason:
+                ended.append(key)
+            elif live.constraint:
+                held[key] = live.constraint
+        if held:
+            assert self._constraints
+            goes_on = self._constraints.advance(list(held.values()), [written[key] for key in held])
+            ended += [key for key, may in zip(held, goes_on, strict=True) if not may]
+        return ended
 
     def _count(self, plan: Plan, written: int) -> None:
         decoded = sum(segment.is_decode for segment in plan.segments)

@@ -48,24 +48,17 @@ class Live:
         known = len(self.request.token_ids) + len(self.answer.token_ids)
         return known == segment.context + segment.length
 
-    def write(self, token: int, logprob: float) -> FinishReason | None:
-        """Add a token to the answer; the reason why it was the last one, or None."""
-        reason = self.answer.append(token, logprob)
-        if self.constraint:
-            if not reason:
-                self.constraint.advance(token)
-            if self.constraint.error:
-                reason = self.answer.finish_reason = FinishReason.CONSTRAINT
-        return reason
-
     def result(self) -> Result:
+        """Of an answer that has come to its end, or whose grammar cannot be followed further."""
         answer = self.answer
-        assert answer.finish_reason is not None
+        broken = self.constraint is not None and self.constraint.error is not None
+        finish_reason = FinishReason.CONSTRAINT if broken else answer.finish_reason
+        assert finish_reason is not None
         return Result(
             id=self.request.id,
             text=answer.text,
             token_ids=tuple(answer.token_ids),
-            finish_reason=answer.finish_reason,
+            finish_reason=finish_reason,
             prompt_tokens=len(self.request.token_ids),
             mean_logprob=answer.mean_logprob,
             token_logprobs=tuple(answer.logprobs),

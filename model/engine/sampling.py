@@ -63,11 +63,12 @@ def choose(
     fp32 [N]; on the device of the logits, and the host waits for nothing.
 
     The log-probability is of the whole vocabulary, before any mask: how sure the model itself was.
-    Every row is computed by itself: the other rows change no bit of it.
+    Every row is computed by itself: the other rows change no bit of it. Overwrites the logits of
+    constrained rows.
     """
     logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
     if masks and masks.rows:
-        logits_NV = _masked(logits_NV, masks)
+        _mask(logits_NV, masks)
     tokens_N = logits_NV.argmax(dim=-1)
     drawn = [row for row, draw in enumerate(draws) if draw.temperature > 0]
     if drawn:
@@ -76,16 +77,19 @@ def choose(
     return tokens_N, logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
 
 
-def _masked(logits_NV: Tensor, masks: Masks) -> Tensor:
-    """The logits with -inf for each token that is not allowed. Unpacked where the logits are."""
+def _mask(logits_NV: Tensor, masks: Masks) -> None:
+    """Writes -inf for each token that is not allowed. Unpacked where the logits are."""
     device = logits_NV.device
-    bits_CB = torch.from_numpy(masks.bits_CW).view(torch.uint8)
+    bits_CW = torch.from_numpy(masks.bits_CW)
     if device.type == "cuda":
-        bits_CB = bits_CB.pin_memory().to(device, non_blocking=True)
-    bit = torch.arange(8, dtype=torch.uint8, device=device)
-    allowed_CV = (bits_CB[:, :, None] >> bit & 1).flatten(1)[:, : logits_NV.shape[1]].bool()
-    rows = to_device([masks.rows], device)[0].long()
-    return logits_NV.index_copy(0, rows, logits_NV[rows].masked_fill(~allowed_CV, float("-inf")))
+        bits_CW = bits_CW.pin_memory().to(device, non_blocking=True)
+    bits_CB = bits_CW.view(torch.uint8)
+    bit = 1 << torch.arange(8, dtype=torch.uint8, device=device)
+    ruled_out_CV = ((bits_CB[:, :, None] & bit) == 0).flatten(1)[:, : logits_NV.shape[1]]
+    # As bytes to their rows, and then in place: the logits themselves are four times as large.
+    ruled_out_NV = torch.zeros_like(logits_NV, dtype=torch.bool)
+    ruled_out_NV[to_device([masks.rows], device)[0].long()] = ruled_out_CV
+    logits_NV.masked_fill_(ruled_out_NV, float("-inf"))
 
 
 def _draw(logits_NV: Tensor, draws: Sequence[Draw]) -> Tensor:

@@ -1,9 +1,10 @@
 """What it costs to hold answers to a JSON Schema: decode speed with and without, in turns.
 
 `python -m tests.gpu.bench_masks [--width tiny --device cpu]`: tokens/s of sequences that decode
-together, over a slice with random weights, and what of it the host computed masks for. The
-vocabulary is made up, but as large and as varied as the released one: a mask of the random
-checkpoint's own few words would cost nothing.
+together, over a slice with random weights, and what the host does for it. The vocabulary is made
+up, but as large and as varied as the released one: a mask of the random checkpoint's own few words
+would cost nothing. Left to themselves random weights fill every string up to its maxLength, where
+masks are slowest, all sequences at once: the worst case. So answers are dictated too.
 """
 
 import argparse
@@ -12,19 +13,27 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
+from llguidance import LLTokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 
 from jobs.bench.slice import WIDTHS
+from model.engine import rank
 from model.engine.config import EngineConfig
 from model.engine.constraint import Constraints
 from model.engine.engine import Engine
+from model.engine.microbatch import Microbatch
+from model.engine.rank import Rank, Scored
+from model.engine.rank_in_process import RankInProcess
+from model.layers.ragged import to_device
 from model.nano.random_checkpoint import write_configuration
 from model.nano.tokenizer import BEGIN, END, IMAGE
 from schemas.requests import Request, Sampling
@@ -108,19 +117,78 @@ def write_vocabulary(folder: Path, vocab_size: int) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": image}))
 
 
+def answers(tokenizer: str, sequences: int, tokens: int) -> list[list[int]]:
+    """Beginnings of answers that follow SCHEMA, as a model writes them: no string is filled up to
+    its maxLength, and each is somewhere else after a few fields."""
+    cut = LLTokenizer(tokenizer, slices=[]).greedy_tokenize
+    words = _made_up_words(random.Random(1))
+    return [_answer(random.Random(n), words, cut, tokens) for n in range(sequences)]
+
+
+def _answer(
+    rng: random.Random, words: Iterator[str], cut: Callable[[str], list[int]], tokens: int
+) -> list[int]:
+    def text(most: int) -> str:
+        return " ".join(next(words).strip() for _ in range(rng.randint(1, most)))
+
+    def money() -> float:
+        return rng.randrange(10 ** rng.randint(2, 7)) / 100
+
+    def party() -> dict:
+        tax_number = None if rng.random() < 0.5 else f"DE{rng.randrange(10**9)}"
+        return {"name": text(4), "address": text(14), "tax_number": tax_number}
+
+    def line() -> dict:
+        numbers = {"quantity": money(), "unit_price": money(), "amount": money()}
+        return {"description": text(7), **numbers}
+
+    invoices: list[dict] = []
+    while True:
+        invoice: dict = {"invoice_number": f"INV-{rng.randrange(10**6)}"}
+        invoice["invoice_date"] = f"20{rng.randint(10, 26)}-{rng.randint(1, 9):02}-17"
+        invoice |= {"seller": party(), "buyer": party(), "currency": "EUR"}
+        invoice |= {"lines": [line() for _ in range(rng.randint(1, 8))], "total": money()}
+        invoices.append(invoice)
+        written = cut(json.dumps(invoices, separators=(",", ":"))[:-1])
+        if len(written) >= tokens:
+            return written[:tokens]
+
+
 @contextmanager
-def timed(seconds: list[float]) -> Iterator[None]:
-    """Counts what the host spends on computing masks."""
-    masks: Callable = Constraints.masks
+def dictated(texts: list[list[int]]) -> Iterator[None]:
+    """Everything is computed as ever, but each sequence gets the next token of its text."""
+    score, choose = Rank.score, rank.choose
+    next_tokens: list[int] = []
 
-    def measured(*arguments: object) -> np.ndarray:
-        started = time.perf_counter()
-        bits = masks(*arguments)
-        seconds.append(time.perf_counter() - started)
-        return bits
+    def look(self: Rank, hidden_TD: Tensor, microbatch: Microbatch) -> Scored:
+        next_tokens[:] = [
+            texts[segment.sequence % len(texts)][segment.context + segment.length - PROMPT]
+            for segment in microbatch.plan.sampling_segments
+        ]
+        return score(self, hidden_TD, microbatch)
 
-    with mock.patch.object(Constraints, "masks", measured):
+    def dictate(logits_NV: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        _, logprobs_N = choose(logits_NV, *arguments)
+        return to_device([next_tokens], logits_NV.device)[0].long(), logprobs_N
+
+    with mock.patch.object(Rank, "score", look), mock.patch.object(rank, "choose", dictate):
         yield
+
+
+@contextmanager
+def timed(owner: type, method: str) -> Iterator[list[float]]:
+    """Counts the milliseconds that each call takes."""
+    milliseconds: list[float] = []
+    call: Callable = getattr(owner, method)
+
+    def measured(*arguments: object) -> object:
+        started = time.perf_counter()
+        result = call(*arguments)
+        milliseconds.append((time.perf_counter() - started) * 1e3)
+        return result
+
+    with mock.patch.object(owner, method, measured):
+        yield milliseconds
 
 
 def run(engine: Engine, sampling: Sampling, sequences: int) -> float:
@@ -141,6 +209,48 @@ def run(engine: Engine, sampling: Sampling, sequences: int) -> float:
     return written / (time.perf_counter() - started)
 
 
+@dataclass
+class Way:
+    """One way to decode, and what was measured of it: tokens/s of each run, milliseconds of each
+    step."""
+
+    name: str
+    sampling: Sampling
+    texts: list[list[int]] | None = None  # what is written, whatever is sampled
+    rates: list[float] = field(default_factory=list)
+    advance: list[float] = field(default_factory=list)
+    masks: list[float] = field(default_factory=list)
+    waiting: list[float] = field(default_factory=list)
+
+    def run(self, engine: Engine, sequences: int) -> None:
+        with (
+            dictated(self.texts) if self.texts else nullcontext(),
+            timed(Constraints, "advance") as advance,
+            timed(Constraints, "masks") as masks,
+            timed(RankInProcess, "receive") as waiting,
+        ):
+            self.rates.append(run(engine, self.sampling, sequences))
+        self.advance += advance
+        self.masks += masks
+        self.waiting += waiting
+
+    def describe(self, free: "Way") -> str:
+        return (
+            f"{self.name}: {max(self.rates):,.0f} tokens/s, "
+            f"cost {1 - max(self.rates) / max(free.rates):.1%}, "
+            f"all runs {[round(rate) for rate in self.rates]}; ms of a step: "
+            f"waiting for the rank {_quantiles(self.waiting)}, "
+            f"advance {_quantiles(self.advance)}, masks {_quantiles(self.masks)}"
+        )
+
+
+def _quantiles(milliseconds: list[float]) -> str:
+    if not milliseconds:
+        return "none"
+    quantiles = np.percentile(milliseconds, [50, 95, 99, 100])
+    return f"{np.mean(milliseconds):.1f} (" + ", ".join(f"{q:.1f}" for q in quantiles) + ")"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", choices=list(WIDTHS), default="released")
@@ -156,34 +266,33 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vl01-masks-") as name:
         write_configuration(Path(name), sizes, endless=True)
         write_vocabulary(Path(name), sizes.vocab_size)
+        tokenizer = (Path(name) / "tokenizer.json").read_text()
+        texts = answers(tokenizer, given.sequences, given.new)
         config = EngineConfig(name, device=given.device, random_weights=True, ahead=True)
         with Engine(config) as engine:
             for temperature in given.temperature:
-                compare(engine, temperature, given.sequences, given.new, given.repeat)
+                compare(engine, Sampling(given.new, temperature), given.repeat, texts)
 
 
-def compare(engine: Engine, temperature: float, sequences: int, new: int, repeat: int) -> None:
-    free = Sampling(max_new_tokens=new, temperature=temperature)
-    held = replace(free, json_schema=SCHEMA)
-    for sampling in (free, held):
-        run(engine, replace(sampling, max_new_tokens=16), sequences)
-    rates: dict[str, list[float]] = {"free": [], "held": []}
-    seconds: list[float] = []
+def compare(engine: Engine, sampling: Sampling, repeat: int, texts: list[list[int]]) -> None:
+    held = replace(sampling, json_schema=SCHEMA)
+    free = Way("free", sampling)
+    ways = [
+        free,
+        Way("held, answers as a model writes them", held, texts),
+        Way("held, every string filled up, in lockstep", held),
+    ]
+    for way in ways:
+        run(engine, replace(way.sampling, max_new_tokens=16), len(texts))
     for _ in range(repeat):
-        rates["free"].append(run(engine, free, sequences))
-        with timed(seconds):
-            rates["held"].append(run(engine, held, sequences))
-    best = {name: max(found) for name, found in rates.items()}
-    milliseconds = np.array(seconds) * 1e3
+        for way in ways:
+            way.run(engine, len(texts))
     print(
-        f"temperature {temperature:g}, {sequences} sequences: "
-        f"free {best['free']:,.0f} tokens/s, held {best['held']:,.0f} tokens/s, "
-        f"cost {1 - best['held'] / best['free']:.1%}; "
-        f"all runs {json.dumps({k: [round(x) for x in v] for k, v in rates.items()})}; "
-        f"masks of a step: median {np.median(milliseconds):.1f} ms, "
-        f"99% {np.percentile(milliseconds, 99):.1f} ms, most {milliseconds.max():.1f} ms",
-        flush=True,
+        f"temperature {sampling.temperature:g}, {len(texts)} sequences; times are the mean "
+        "(median, 95%, 99%, most)"
     )
+    for way in ways:
+        print(way.describe(free), flush=True)
 
 
 if __name__ == "__main__":

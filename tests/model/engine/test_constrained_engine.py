@@ -65,7 +65,7 @@ def may_follow(checkpoint, model) -> Callable[[str], Callable[[Sequence[int]], S
         def may_follow(written: Sequence[int]) -> Sequence[bool]:
             constraint = constraints.start(schema)
             for token in written:
-                constraint.advance(token)
+                constraints.advance([constraint], [token])
             bits = constraints.masks([constraint]).view(np.uint8)[0]
             unpacked = [bool(byte >> bit & 1) for byte in bits.tolist() for bit in range(8)]
             return unpacked[: model.text.vocab_size]
@@ -183,14 +183,19 @@ def test_a_grammar_that_breaks_down_ends_its_row_alone(
     with Engine(_config(checkpoint, **settings)) as engine:
         engine.add(victim)
         (live,) = engine._live.values()
-        constraint, written = live.constraint, []
-        assert constraint
+        constraints, victims, written = engine._constraints, live.constraint, []
+        assert constraints
 
-        def break_down(token: int) -> None:
-            written.append(token)
-            Constraint.advance(constraint, model.image_token_id if len(written) == 3 else token)
+        def break_down(several: Sequence[Constraint], tokens: Sequence[int]) -> list[bool]:
+            tokens = list(tokens)
+            if victims in several:
+                at = several.index(victims)
+                written.append(tokens[at])
+                if len(written) == 3:
+                    tokens[at] = model.image_token_id
+            return Constraints.advance(constraints, several, tokens)
 
-        monkeypatch.setattr(constraint, "advance", break_down)
+        monkeypatch.setattr(constraints, "advance", break_down)
         results = {result.id: result for result in engine.generate(held[:4])}
     broken = results.pop(victim.id)
     assert broken.finish_reason == FinishReason.CONSTRAINT

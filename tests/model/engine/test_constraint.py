@@ -72,7 +72,7 @@ def test_exactly_the_tokens_that_can_lead_to_an_answer_are_allowed(constraints, 
             if not possible:
                 break
             token = int(rng.choice(sorted(now)))
-            constraint.advance(token)
+            constraints.advance([constraint], [token])
             text += texts[token]
         assert constraint.error is None
         seen.add(text)
@@ -88,7 +88,7 @@ def test_special_tokens_and_ids_that_no_token_has_are_never_allowed(constraints,
     for piece in ('["', "any <image> text", '"]'):
         for token in tokenizer._encode(piece):
             if token in known:
-                constraint.advance(token)
+                constraints.advance([constraint], [token])
             (now,) = allowed(constraints, constraint)
             assert now <= known | {end}
             assert (end in now) == (constraint.matcher.is_accepting())
@@ -102,7 +102,7 @@ def test_a_mask_does_not_depend_on_those_computed_beside_it(constraints, tokeniz
     for text in starts:
         several.append(constraints.start(FINITE))
         for token in tokenizer._encode(text):
-            several[-1].advance(token)
+            constraints.advance(several[-1:], [token])
     alone = [allowed(constraints, constraint)[0] for constraint in several]
     assert allowed(constraints, *several) == alone
     assert len(set(map(frozenset, alone))) == len(alone)
@@ -124,7 +124,7 @@ def test_no_whitespace_is_allowed_outside_of_strings(constraints, tokenizer, sch
             (now,) = allowed(constraints, constraint)
             spaces = [id for id in now if tokenizer.decode([id])[:1].isspace()]
             token = int(rng.choice(spaces if spaces and rng.random() < 0.3 else sorted(now)))
-            constraint.advance(token)
+            constraints.advance([constraint], [token])
             written.append(token)
         texts.append(tokenizer.decode(written))
     outside = [re.sub(r'"([^"\\]|\\.)*("|$)', "", text) for text in texts]
@@ -133,9 +133,10 @@ def test_no_whitespace_is_allowed_outside_of_strings(constraints, tokenizer, sch
 
 
 def test_a_constraint_that_cannot_go_on_says_why_and_lets_the_text_end(constraints, model):
-    broken, sound = constraints.start(FINITE), constraints.start(FINITE)
+    broken, sound, other = (constraints.start(FINITE) for _ in range(3))
     (start,) = allowed(constraints, sound)
-    broken.advance(min(set(range(100)) - start))
+    refused = min(set(range(100)) - start)
+    assert constraints.advance([broken, other], [refused, min(start)]) == [False, True]
     assert "doesn't satisfy the grammar" in (broken.error or "")
     assert sound.error is None
     assert allowed(constraints, broken, sound) == [set(model.eos_token_ids), start]
