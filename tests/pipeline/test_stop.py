@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -126,11 +127,14 @@ def flow(monkeypatch):
             return lambda: None
 
     monkeypatch.setattr(pipeline.run.Flow, "generated", answers)
+    model = SimpleNamespace(page_settings=lambda _: None)
     for module in (pipeline.run, pipeline.retry):
-        monkeypatch.setattr(module, "open_model", lambda _: None)
+        monkeypatch.setattr(module, "open_model", lambda _: model)
         monkeypatch.setattr(module, "model_revision", lambda _: "revision")
     monkeypatch.setattr(pipeline.run, "ray_session", lambda _: nullcontext())
-    monkeypatch.setattr(pipeline.run, "place", lambda _: Place())
+    monkeypatch.setattr(pipeline.run, "place", lambda *_: Place())
+    book = SimpleNamespace(shared=lambda: None, complaints=lambda at_once=False: [])
+    monkeypatch.setattr(pipeline.run, "CanaryBook", lambda _: book)
     return events
 
 
