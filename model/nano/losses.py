@@ -17,7 +17,7 @@ from model.decoder import Decoder
 from model.inputs.prompt import PromptTemplate
 from model.layers.linear import Linear
 from model.nano.batches import CLASSES, SLOTS, Asked, Batch
-from model.nano.network import LayerOutput, Runner, embed_pages
+from model.nano.network import LayerOutput, Runner, embed_pages, whole_chunks
 from model.vision.tower import VisionLayer
 
 
@@ -74,7 +74,8 @@ class Losses:
         """Every loss, and `loss`, their weighed sum."""
         decoder, layout = self._decoder, batch.layout
         embedded = embed_pages(decoder, self._pixels(batch.tiles), layout, self._prefix_ids)
-        page = self._run(embedded)
+        whole, padding = whole_chunks(embedded)
+        page = self._run(whole, padding=padding)
         runs = [
             self._run(
                 decoder.embed_tokens(asked.ids),

@@ -58,6 +58,16 @@ def embed_pages(
     return torch.cat([prefix, packed], dim=1)
 
 
+def whole_chunks(embedded: Tensor) -> tuple[Tensor, int]:
+    """With as many tokens of zeros in front as make its length a multiple of CHUNK, and how many.
+
+    No projection of the language model has a bias: what is zero stays zero in every layer, and
+    leaves the lightning states at zero.
+    """
+    padding = -embedded.shape[1] % CHUNK
+    return functional.pad(embedded, (0, 0, padding, 0)), padding
+
+
 class Runner:
     """Runs all layers, over pages or over the questions that follow them.
 
@@ -75,30 +85,40 @@ class Runner:
             self._finish = torch.compile(_finish, dynamic=True)
 
     def __call__(
-        self, hidden: Tensor, memories: Sequence[Memory] | None = None, start: int = 0
+        self,
+        hidden: Tensor,
+        memories: Sequence[Memory] | None = None,
+        start: int = 0,
+        padding: int = 0,
     ) -> list[LayerOutput]:
-        """What every layer gives. Without memories, tokens begin a text; with them, they go on at
-        position `start` from what the layers gave for their page. Then they must be whole chunks:
-        raises ValueError."""
-        if memories is not None and hidden.shape[1] % CHUNK:
+        """What every layer gives. Without memories, tokens begin a text, after `padding` tokens of
+        zeros; with them, they go on at position `start` from what the layers gave for their page.
+        Raises ValueError when they are no whole chunks."""
+        if hidden.shape[1] % CHUNK:
             raise ValueError(f"{hidden.shape[1]} tokens; expected a multiple of {CHUNK}")
         outputs = []
         for i, layer in enumerate(self._decoder.layers.values()):
-            output = self._run(layer, hidden, memories[i] if memories else None, start)
+            memory = memories[i] if memories else None
+            output = self._run(layer, hidden, memory, start, padding)
             hidden = output.hidden
             outputs.append(output)
         return outputs
 
-    def _run(self, layer: Any, x: Tensor, memory: Memory | None, start: int) -> LayerOutput:
+    def _run(
+        self, layer: Any, x: Tensor, memory: Memory | None, start: int, padding: int
+    ) -> LayerOutput:
+        # Norms multiply the gradient of zeros by some hundred each: routing must not send them any.
         if isinstance(layer.attention, LightningAttention):
             if memory is None:
                 shape = (len(x), layer.attention.heads, *2 * (layer.attention.head_dim,))
                 memory = torch.zeros(shape, device=x.device)
-            return LayerOutput(*self._lightning(layer, x, memory))
+            hidden, memory, routing = self._lightning(layer, x, memory)
+            return LayerOutput(hidden, memory, routing[:, padding:])
         x = layer.input_layernorm(x)
-        attended, memory, pointers = _softmax(layer.attention, x, memory, start)
+        attended, memory, pointers = _softmax(layer.attention, x[:, padding:], memory, start)
+        attended = functional.pad(attended, (0, 0, padding, 0))
         hidden, routing = self._finish(layer, x, attended)
-        return LayerOutput(hidden, memory, routing, pointers)
+        return LayerOutput(hidden, memory, routing[:, padding:], pointers)
 
 
 def _finish(layer: Any, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,14 +154,9 @@ def lightning(
     """The recurrence of `lightning_attention` in parallel over chunks: [B, T, H, D], final state.
 
     The states before all chunks are one product of the chunks' updates with a matrix of decays.
-    Zeros before the first token make the first chunk whole; they leave a state of zero at zero,
-    so any other must be followed by whole chunks.
+    T must be whole chunks.
     """
-    missing = -q.shape[1] % CHUNK
-    q, k, v = (
-        functional.pad(x, (0, 0, 0, 0, missing, 0)).unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4)
-        for x in (q, k, v)
-    )  # [B, H, M, C, D]
+    q, k, v = (x.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4) for x in (q, k, v))  # BHMCD
     at = torch.arange(CHUNK, device=q.device)
     chunks = torch.arange(q.shape[2] + 1, device=q.device)
     slopes = slopes_H[:, None, None]
@@ -155,7 +170,7 @@ def lightning(
     states = states + carried * state[:, :, None]
     weights = (q @ k.transpose(-1, -2)) * inside[:, None].to(q.dtype)
     o = weights @ v + (q * since_start[:, None].to(q.dtype)) @ states[:, :, :-1].to(q.dtype)
-    return o.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, missing:], states[:, :, -1]
+    return o.permute(0, 2, 3, 1, 4).flatten(1, 2), states[:, :, -1]
 
 
 def _decay(slopes: Tensor, distance: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from model.decoder import Decoder
 from model.inputs.tiling import choose_layout
 from model.layers.memory import LayerMemory
 from model.layers.ragged import RaggedBatch
-from model.nano.network import CHUNK, Runner, embed_pages, lightning
+from model.nano.network import CHUNK, Runner, embed_pages, lightning, whole_chunks
 from model.weights.checkpoint import load_decoder
 
 LAYERS = range(8)
@@ -47,7 +47,9 @@ def test_training_computes_what_the_engine_computes(decoder, size):
     mean, std = (torch.tensor(x) for x in (decoder.config.image_mean, decoder.config.image_std))
     embedded = embed_pages(decoder, (tiles / 255 - mean) / std, layout, prefix)
     run = Runner(decoder)
-    page = run(embedded)
+    whole, padding = whole_chunks(embedded)
+    assert padding
+    page = run(whole, padding=padding)
     memories = [output.memory for output in page]
     hidden = decoder.embed_tokens(answers)
     last = run(hidden, memories, embedded.shape[1])[-1].hidden
@@ -59,14 +61,12 @@ def test_training_computes_what_the_engine_computes(decoder, size):
         torch.testing.assert_close(trained[i][known], expected[known], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("length", [CHUNK, 3 * CHUNK, 2 * CHUNK + 17, 5])
+@pytest.mark.parametrize("length", [CHUNK, 3 * CHUNK])
 def test_chunks_of_lightning_attention_are_its_recurrence(length):
     generator = torch.Generator().manual_seed(length)
     q, k, v = torch.randn(3, 2, length, 4, 8, generator=generator)
     slopes = torch.tensor([0.5, 0.1, 0.01, 0.0])
-    state = torch.zeros(2, 4, 8, 8)
-    if length % CHUNK == 0:
-        state = torch.randn(2, 4, 8, 8, generator=generator)
+    state = torch.randn(2, 4, 8, 8, generator=generator)
     o, last = lightning(q, k, v, slopes, state)
     expected = state
     for t in range(length):
@@ -82,8 +82,10 @@ def test_gradients_reach_every_weight(decoder):
     decoder.requires_grad_()
     try:
         pixels = torch.randn(1, layout.tiles, 56, 56, 3, generator=torch.Generator().manual_seed(1))
-        hidden = Runner(decoder)(embed_pages(decoder, pixels, layout, [1, 2]))[-1].hidden
+        whole, padding = whole_chunks(embed_pages(decoder, pixels, layout, [1, 2]))
+        hidden = Runner(decoder)(whole, padding=padding)[-1].hidden
         decoder.lm_head(decoder.norm(hidden.flatten(0, 1))).square().sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in decoder.parameters() if p.grad is not None)
         without = [n for n, p in decoder.named_parameters() if p.grad is None or not p.grad.any()]
         assert without == []
     finally:
