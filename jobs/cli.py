@@ -41,10 +41,10 @@ _EXIT_CODES = """[bold]Exit codes[/bold]
   3  --strict was given and some rows failed
   4  rows missing or twice"""
 
-_ABOUT = f"""MiniMax-VL-01 over many images: point it at images, get Parquet back.
+_ABOUT = f"""MiniMax-VL-01 over many images and pages: Parquet comes back.
 
-One row comes out for every image that goes in, also for one that cannot be
-read. A run that was stopped goes on where it was when the same command is
+One row comes out for every image or page that goes in, also for one that
+cannot be read. A run that was stopped goes on where it was when the same command is
 given again.
 
 [bold]Examples[/bold]
@@ -55,8 +55,9 @@ given again.
   vl01 verify captions
   vl01 retry captions --status failed
 
-SOURCE is a folder or a glob of images, WebDataset .tar files, or .parquet
-files with an image column; on disk or at any fsspec address, such as
+SOURCE is a folder or a glob of images, documents (.pdf, .tif), WebDataset
+.tar files, or .parquet files with an image column; or a list of addresses
+(.txt, .csv, .jsonl); on disk or at any fsspec address, such as
 s3://bucket/folder. OUT becomes part-*.parquet and _vl01/; pyarrow, pandas,
 DuckDB, Spark and `datasets` read it as it is.
 

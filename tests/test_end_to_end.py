@@ -35,7 +35,7 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
 
 
-def caption(source: object, output: object, checkpoint: Path, *flags: object) -> list[str]:
+def caption(source: object, output: object, checkpoint: object, *flags: object) -> list[str]:
     small = ["--unit-rows", 8, "--max-new-tokens", 8, "--max-sequences", 8, "--prompt", "Say it."]
     return command("caption", source, "--output", output, "--model", checkpoint, *small, *flags)
 

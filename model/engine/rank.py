@@ -87,9 +87,10 @@ class Rank:
 
     def take_image(self, image: Image) -> None:
         """First rank: compute an image's features and keep them until its prompt has used them."""
-        tiles_NHWC = torch.from_numpy(image.tiles)
-        if self.device.type == "cuda":
-            tiles_NHWC = tiles_NHWC.pin_memory()  # or the host would wait for the device
+        # Pinned, or the host would wait for the device. A copy, since the tiles may be read-only.
+        on_cuda = self.device.type == "cuda"
+        tiles_NHWC = torch.empty(image.tiles.shape, dtype=torch.uint8, pin_memory=on_cuda)
+        tiles_NHWC.numpy()[...] = image.tiles
         self._features[image.sequence] = self.decoder.image_features(tiles_NHWC, image.size)
 
     def swap(self, plan: Plan) -> None:
