@@ -15,10 +15,9 @@ Every file appears whole or not at all. Who may write is for lease.py.
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,19 +28,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.growth import find_growth
+from pipeline.output_folder import OutputFolder
 from pipeline.plan import Plan, plan_table
 from pipeline.plan_file import FILES_FILE, PLAN_FILE, write_plan
 from pipeline.sources import Source
 from pipeline.storage import (
-    full_address,
-    is_local,
-    list_files,
     list_flat,
     make_folder,
-    open_fs,
-    patiently,
     put_in_place,
-    try_writing,
     write_whole,
 )
 from pipeline.stored_plan import StoredPlan, joined
@@ -60,7 +54,7 @@ _VERSIONS = ("vl01-batch", "torch", "transformers", "ray", "pyarrow")
 _FOR_DATASETS = "configs:\n- config_name: default\n  data_files: part-*.parquet\n"
 
 
-class Ledger:
+class Ledger(OutputFolder):
     """One output folder. The attributes below are there once `resume` or `create` opened it."""
 
     job: dict[str, Any]  # what job.json holds
@@ -68,47 +62,7 @@ class Ledger:
     _committed: np.ndarray | None = None
     _outdated: dict[int, Unit] | None = None
 
-    def __init__(self, output: str, endpoint_url: str | None = None) -> None:
-        self.fs, self.root = open_fs(output, endpoint_url)
-        self.output = full_address(self.fs, self.root)
-
     # Opening
-
-    def prepare(self) -> None:
-        """Makes sure that OUT can be written and is ours or empty. Raises ConfigError."""
-        with self._writing():
-            for folder in ("tmp", "commits"):
-                make_folder(self.fs, self._path(folder))
-            self.write("writable", b"")
-            self.fs.rm_file(self._path("writable"))
-
-    def check(self) -> None:
-        """Raises the ConfigError that `prepare` would raise, and leaves nothing behind."""
-        with self._writing():
-            try_writing(self.fs, self.root)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            if self.fs.isfile(self.root):
-                raise ConfigError(f"cannot write to {self.output}: it is a file, not a folder")
-            if not self.fs.exists(self._path("job.json")):
-                self._refuse_foreign_rows()
-            yield
-        except ConfigError:
-            raise
-        except Exception as error:  # storage clients raise far more than OSError
-            raise ConfigError(f"cannot write to {self.output}: {error}") from error
-
-    def _refuse_foreign_rows(self) -> None:
-        if not self.fs.isdir(self.root):
-            return
-        for name, *_ in list_files(self.fs, self.root, lambda folder: folder != "_vl01"):
-            if name.endswith(".parquet") and not name.startswith("_vl01/"):
-                raise ConfigError(
-                    f"{self.output} already holds Parquet files that are not of this tool "
-                    f"({name}); give an empty folder"
-                )
 
     def resume(self, fingerprint: dict[str, Any] | None = None) -> bool:
         """Opens the run that OUT holds; False if it holds none yet.
@@ -149,7 +103,7 @@ class Ledger:
 
     def create(self, job: Job, fingerprint: dict[str, Any], plan: Plan, run: str) -> None:
         """Stores the plan, then job.json, which makes both count. Raises ConfigError."""
-        with self._scratch() as folder:
+        with self.scratch(FILES_FILE, PLAN_FILE) as folder:
             planned = write_plan(plan, folder)
             for name in (FILES_FILE, PLAN_FILE):
                 put_in_place(self.fs, folder / name, self._path(name))
@@ -171,7 +125,7 @@ class Ledger:
         """Lists the source again and adds to the plan what is new or changed there, in one step.
         Raises ConfigError. Only for who has the lease.
         """
-        with self._scratch() as folder:
+        with self.scratch(FILES_FILE, PLAN_FILE) as folder:
             growth = self.find_growth(job, source, folder)
             if growth.number > self.plan.growth.number:
                 self.plan.store(folder, growth)
@@ -183,15 +137,6 @@ class Ledger:
         newest = self.plan.growth
         settled = newest.settled if self.outdated() else newest.number
         return find_growth(job, source, self.plan, settled, folder)
-
-    @contextmanager
-    def _scratch(self) -> Iterator[Path]:
-        """A folder of this machine for unfinished files, on the disk of OUT if that is here."""
-        with tempfile.TemporaryDirectory() as elsewhere:
-            folder = Path(self._path("tmp") if is_local(self.fs) else elsewhere)
-            yield folder
-            for name in (FILES_FILE, PLAN_FILE):  # what was not put in place
-                (folder / name).unlink(missing_ok=True)
 
     def _open_plan(self) -> None:
         self._committed = self._outdated = None
@@ -347,35 +292,6 @@ class Ledger:
         """Raises LedgerError when it is damaged."""
         file = f"runs/{name}.json"
         return RunRecord.from_json(self.read(file), self._path(file))
-
-    # Files
-
-    @staticmethod
-    def part_name(unit: int) -> str:
-        return f"part-{unit:09}.parquet"
-
-    def part_path(self, unit: int) -> str:
-        return f"{self.root}/{self.part_name(unit)}"
-
-    def read_part(self, unit: int) -> bytes:
-        """Raises FileNotFoundError."""
-        data: Any = patiently(lambda: self.fs.cat_file(self.part_path(unit)))
-        return data
-
-    def read(self, name: str) -> bytes:
-        """A file of _vl01. Raises FileNotFoundError."""
-        data: Any = patiently(lambda: self.fs.cat_file(self._path(name)))
-        return data
-
-    def write(self, name: str, data: bytes) -> None:
-        """A file of _vl01, whole or not at all."""
-        write_whole(self.fs, self._path(name), data, self._path("tmp"))
-
-    def remove(self, name: str) -> None:
-        self.fs.rm_file(self._path(name))
-
-    def _path(self, name: str) -> str:
-        return f"{self.root}/_vl01/{name}"
 
 
 def now() -> str:

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.columns import KeptColumns, find_column, no_column
-from pipeline.lists import AddressList, Group, is_one_row
+from pipeline.lists import AddressList
+from pipeline.slices import Documents, Slice, beyond, cut, list_slice
 from pipeline.sources import Source, kind_of
 from pipeline.storage import PatientFile, SourceFile
 from schemas.errors import ConfigError
@@ -26,19 +27,6 @@ from schemas.ledger import PLAN, Unit, UnitKind
 
 _FOOTER_THREADS = 32
 _FOOTERS_AHEAD = 256
-# Of a unit of documents: they share the start of a renderer, and wait for each other.
-_DOCUMENTS = 8
-_DOCUMENT_BYTES = 1024**2  # of print a few hundred pages, of scans a few
-_LARGE_AHEAD = 4096
-
-
-class _Slice(NamedTuple):
-    """A unit that has no number yet."""
-
-    kind: UnitKind
-    names: tuple[str, ...]
-    first_row: int = 0
-    rows: int | None = None
 
 
 class _Footer(NamedTuple):
@@ -47,42 +35,6 @@ class _Footer(NamedTuple):
     schema: pa.Schema | None
     group_rows: list[int]
     problem: str | None = None
-
-
-class _Documents:
-    """Groups documents into units. A large one is alone in its unit, and comes late: what takes
-    long, it or its pages, is then not in the way of the others.
-    """
-
-    def __init__(self) -> None:
-        self._small: list[SourceFile] = []
-        self._large: list[str] = []
-
-    def add(self, file: SourceFile) -> Iterator[_Slice]:
-        size = file.size or 0
-        if size > _DOCUMENT_BYTES:
-            self._large.append(file.name)
-            if len(self._large) == _LARGE_AHEAD:
-                yield from self._take_large()
-            return
-        if sum(small.size or 0 for small in self._small) + size > _DOCUMENT_BYTES:
-            yield from self._take_small()
-        self._small.append(file)
-        if len(self._small) == _DOCUMENTS:
-            yield from self._take_small()
-
-    def rest(self) -> Iterator[_Slice]:
-        yield from self._take_small()
-        yield from self._take_large()
-
-    def _take_small(self) -> Iterator[_Slice]:
-        if self._small:
-            yield _Slice(UnitKind.DOCUMENTS, tuple(file.name for file in self._small))
-        self._small = []
-
-    def _take_large(self) -> Iterator[_Slice]:
-        yield from (_Slice(UnitKind.DOCUMENTS, (name,)) for name in self._large)
-        self._large = []
 
 
 class Plan:
@@ -143,9 +95,9 @@ class Plan:
         """The columns to carry over; known once `units` has run out. Raises ConfigError."""
         return self._kept.schema()
 
-    def _slices(self, files: Iterable[SourceFile]) -> Iterator[_Slice]:
+    def _slices(self, files: Iterable[SourceFile]) -> Iterator[Slice]:
         images: list[str] = []
-        documents = _Documents()
+        documents = Documents()
         parquets: list[str] = []
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
             for file in files:
@@ -161,23 +113,23 @@ class Plan:
                     continue
                 self._usable = True
                 if kind is UnitKind.TAR:
-                    yield _Slice(UnitKind.TAR, (name,))
+                    yield Slice(UnitKind.TAR, (name,))
                 elif kind is UnitKind.DOCUMENTS:
                     yield from documents.add(file)
                 else:
                     images.append(name)
                 if len(images) == self._unit_rows:
-                    yield _Slice(UnitKind.IMAGES, tuple(images), 0, len(images))
+                    yield Slice(UnitKind.IMAGES, tuple(images), 0, len(images))
                     images = []
             if images:
-                yield _Slice(UnitKind.IMAGES, tuple(images), 0, len(images))
+                yield Slice(UnitKind.IMAGES, tuple(images), 0, len(images))
             yield from documents.rest()
             yield from self._parquet_slices(pool, parquets)
 
-    def _list_slices(self, name: str) -> Iterator[_Slice]:
+    def _list_slices(self, name: str) -> Iterator[Slice]:
         with self._open_list(name) as addresses:
             for group in addresses.groups(self._unit_rows):
-                yield _list_slice(name, group)
+                yield list_slice(name, group)
                 self._usable = True
 
     @contextmanager
@@ -194,7 +146,7 @@ class Plan:
         self._kept.add(pa.schema([(column, pa.string()) for column in kept]), address)
         self._problem = self._problem or f"{address} holds no address"
 
-    def _parquet_slices(self, pool: ThreadPoolExecutor, names: list[str]) -> Iterator[_Slice]:
+    def _parquet_slices(self, pool: ThreadPoolExecutor, names: list[str]) -> Iterator[Slice]:
         for name, footer in zip(names, pool.map(self._footer, names), strict=True):
             if footer.schema is not None:
                 self._kept.add(footer.schema, name)
@@ -202,11 +154,11 @@ class Plan:
                 self._problem = (
                     self._problem or f"{self._source.full_address(name)}: {footer.problem}"
                 )
-                yield _Slice(UnitKind.PARQUET, (name,))
+                yield Slice(UnitKind.PARQUET, (name,))
                 continue
             self._usable = True
             for first_row, rows in cut(footer.group_rows, self._unit_rows):
-                yield _Slice(UnitKind.PARQUET, (name,), first_row, rows)
+                yield Slice(UnitKind.PARQUET, (name,), first_row, rows)
 
     def again(self, units: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
         """What has become of the units that one file was cut into, now that it is another: those
@@ -220,7 +172,7 @@ class Plan:
         """Addresses that were not in the list before are new; the others are not asked again."""
         known = {member for unit in units for member in unit.names[1:]}
         with self._open_list(name) as addresses:
-            new = [_list_slice(name, group) for group in addresses.new(known, self._unit_rows)]
+            new = [list_slice(name, group) for group in addresses.new(known, self._unit_rows)]
         return [], [Unit(-1, *slice_) for slice_ in new]
 
     def _parquet_again(self, name: str, units: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
@@ -239,10 +191,8 @@ class Plan:
             replace(unit, rows=max(0, min(end, in_all) - unit.first_row))
             for unit, end in zip(units, ends, strict=True)
         ]
-        beyond = cut(_beyond(footer.group_rows, ends[-1]), self._unit_rows)
-        new = [
-            Unit(-1, UnitKind.PARQUET, (name,), ends[-1] + first, rows) for first, rows in beyond
-        ]
+        more = cut(beyond(footer.group_rows, ends[-1]), self._unit_rows)
+        new = [Unit(-1, UnitKind.PARQUET, (name,), ends[-1] + first, rows) for first, rows in more]
         return again, new
 
     def _footer(self, name: str) -> _Footer:
@@ -259,38 +209,6 @@ class Plan:
             return _Footer(schema, [], "holds no rows")
         groups = range(metadata.num_row_groups)
         return _Footer(schema, [metadata.row_group(group).num_rows for group in groups])
-
-
-def _list_slice(name: str, group: Group) -> _Slice:
-    rows = len(group.members) if all(map(is_one_row, group.members)) else None
-    return _Slice(UnitKind.LIST, (name, *group.members), group.offset, rows)
-
-
-def cut(group_rows: list[int], unit_rows: int) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of units of about `unit_rows` rows, cut between row groups only.
-
-    A row group is never cut: to read its second half, its first has to be read and dropped.
-    """
-    first, rows = 0, 0
-    for group in group_rows:
-        if rows and rows + group > unit_rows * 3 // 2:
-            yield first, rows
-            first, rows = first + rows, 0
-        rows += group
-        if rows >= unit_rows:
-            yield first, rows
-            first, rows = first + rows, 0
-    if rows:
-        yield first, rows
-
-
-def _beyond(group_rows: list[int], row: int) -> list[int]:
-    """The row groups from a row on; the one it lies in is cut."""
-    left = []
-    for rows in group_rows:
-        left.append(rows - min(rows, row))
-        row -= min(rows, row)
-    return left
 
 
 def row_id(name: str, member: str | None = None, page: int | None = None) -> str:

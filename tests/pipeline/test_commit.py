@@ -111,7 +111,7 @@ def test_a_full_disk_stops_the_run_with_a_clear_line(committer, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipeline.ledger.write_whole", full)
+    monkeypatch.setattr("pipeline.output_folder.write_whole", full)
     with pytest.raises(LedgerError, match=r"cannot commit unit 0.*No space left"):
         committer.add(rows(0, 0, 1, 2, 3))
 

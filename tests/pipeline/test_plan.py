@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import sources
-from pipeline.plan import Plan, cut, plan_table, planned_row_ids, row_id, units_of
+from pipeline.plan import Plan, plan_table, planned_row_ids, row_id, units_of
+from pipeline.slices import cut
 from pipeline.sources import Source, SourceFile, open_source
 from schemas.errors import ConfigError
 from schemas.ledger import PLAN, Unit, UnitKind

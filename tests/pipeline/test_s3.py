@@ -115,6 +115,22 @@ def test_what_a_killed_run_left_in_a_bucket_is_finished(s3, server):
     assert verify("s3://out", server, deep=True).ok
 
 
+def test_a_bucket_that_grows_is_done_by_its_etags(s3, server):
+    for i in range(6):
+        s3.put_object(Bucket="data", Key=f"{i}.jpg", Body=b"%d" % i)
+    job = job_of("s3://data", "s3://out", endpoint_url=server, grow=True)
+    run(job)
+    s3.put_object(Bucket="data", Key="1.jpg", Body=b"1")  # the same once more: the same ETag
+    s3.put_object(Bucket="data", Key="2.jpg", Body=b"x")
+    s3.put_object(Bucket="data", Key="6.jpg", Body=b"6")  # whole at once: no need to settle
+    ledger = run(job)
+    growth = ledger.plan.growth
+    assert (growth.number, growth.new_files, growth.changed_files) == (1, 1, 1)
+    assert [work.rows for work in ledger.record(0).history()] == [4, 1]
+    assert verify("s3://out", server, deep=True).ok
+    assert run(job).plan.growth.number == 1
+
+
 def test_more_files_than_one_page_of_a_listing_are_all_found(s3, server, monkeypatch):
     for i in range(20):
         s3.put_object(Bucket="data", Key=f"many/{i:02}.jpg", Body=b"")
