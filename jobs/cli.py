@@ -44,8 +44,8 @@ _EXIT_CODES = """[bold]Exit codes[/bold]
 _ABOUT = f"""MiniMax-VL-01 over many images and pages: Parquet comes back.
 
 One row comes out for every image or page that goes in, also for one that
-cannot be read. A run that was stopped goes on where it was when the same command is
-given again.
+cannot be read. A run that was stopped goes on where it was when the same
+command is given again.
 
 [bold]Examples[/bold]
   vl01 plan job.yaml
