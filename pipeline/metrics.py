@@ -49,6 +49,9 @@ class ReplicaMetrics:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._busy = Gauge("vl01_replica_busy_ratio", "Share of time in which the engine computed")
+        self._ranks_busy = Gauge(
+            "vl01_rank_busy_ratio", "Share of time in which a rank computed", ("rank",)
+        )
         self._tokens = Gauge(
             "vl01_replica_tokens_per_second", "Tokens computed, by kind", ("kind",)
         )
@@ -63,6 +66,7 @@ class ReplicaMetrics:
         self._looked = time.monotonic()
         self._busy_seconds = 0.0
         self._counted = EngineStatistics()
+        self._rank_seconds: tuple[float, ...] = ()
 
     def look(self, step_seconds: float, inbox: int) -> None:
         """step_seconds: of the step just done. inbox: rows handed over that wait for it."""
@@ -73,6 +77,7 @@ class ReplicaMetrics:
         seconds, self._looked = now - self._looked, now
         self._busy.set(min(1.0, self._busy_seconds / seconds))
         self._busy_seconds = 0.0
+        self._look_at_ranks(seconds)
         before, self._counted = self._counted, self._engine.statistics
         for kind in ("prompt", "output"):
             count = getattr(self._counted, f"{kind}_tokens") - getattr(before, f"{kind}_tokens")
@@ -84,3 +89,8 @@ class ReplicaMetrics:
         self._memory.set(use.blocks, {"pool": "blocks"})
         self._waiting.set(inbox)
         self._preemptions.set(self._counted.preemptions)
+
+    def _look_at_ranks(self, seconds: float) -> None:
+        before, self._rank_seconds = self._rank_seconds, self._engine.rank_busy_seconds
+        for rank, (then, now) in enumerate(zip(before, self._rank_seconds, strict=False)):
+            self._ranks_busy.set(min(1.0, (now - then) / seconds), {"rank": str(rank)})

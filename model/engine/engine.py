@@ -89,6 +89,11 @@ class Engine:
         return replace(self._statistics, preemptions=preemptions)
 
     @property
+    def rank_busy_seconds(self) -> tuple[float, ...]:
+        """That each rank has computed so far; of ranks in other processes some seconds old."""
+        return self._ranks.busy_seconds
+
+    @property
     def occupancy(self) -> Occupancy:
         memory, capacity = self._memory, self.capacity
         return Occupancy(

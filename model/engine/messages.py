@@ -2,6 +2,7 @@
 
 Besides these: Image, Microbatch, Masks and Sampled.
 A rank first gets a Start and answers with its Room; it then gets the Capacity and answers Ready.
+Busy comes now and then, between all others.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,13 @@ class Start:
 @dataclass(frozen=True)
 class Ready:
     """The rank has loaded its layers and allocated its memory."""
+
+
+@dataclass(frozen=True)
+class Busy:
+    """How long the rank has computed since it was ready, in seconds."""
+
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from model.engine.busy import BusyClock
 from model.engine.config import EngineConfig
 from model.engine.memory import share_out
 from model.engine.microbatch import Image, Microbatch, Sampled, SampledOnDevice
@@ -25,6 +26,7 @@ class RankInProcess:
         self.capacity = share_out([rank.room()], config.most_sequences, config.tokens_per_sequence)
         rank.allocate(self.capacity)
         self._rank: Rank | None = rank
+        self._clock = BusyClock(rank.device)
         self._scored: Scored | None = None  # waits for its masks
         self._sampled: deque[SampledOnDevice] = deque()
 
@@ -32,11 +34,16 @@ class RankInProcess:
     def pids(self) -> list[int]:
         return [os.getpid()]
 
+    @property
+    def busy_seconds(self) -> tuple[float, ...]:
+        """That the rank has computed."""
+        return (self._clock.seconds,)
+
     @torch.inference_mode()
     def submit(self, images: Sequence[Image], microbatch: Microbatch) -> None:
         rank = self._open_rank
         assert self._scored is None  # tokens are chosen in order
-        with _failure_explained():
+        with _failure_explained(), self._clock.computing():
             for image in images:
                 rank.take_image(image)
             rank.swap(microbatch.plan)
@@ -52,7 +59,7 @@ class RankInProcess:
         """Choose the tokens of the last microbatch submitted, which was waiting for its masks."""
         scored, self._scored = self._scored, None
         assert scored is not None
-        with _failure_explained():
+        with _failure_explained(), self._clock.computing():
             self._sampled.append(self._open_rank.sample(scored, masks))
 
     def receive(self) -> Sampled:

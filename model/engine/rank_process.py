@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model.engine.config import EngineConfig
-from model.engine.messages import Failed, Start
+from model.engine.messages import Busy, Failed, Start
 from schemas.errors import ConfigError
 
 
@@ -23,6 +23,7 @@ class RankProcess:
 
     def __init__(self, config: EngineConfig, rank: int, meeting_point: Path) -> None:
         self.inbox: deque[Any] = deque()
+        self.busy_seconds = 0.0  # that it computed, as far as it has told
         self.failure: Failed | ConfigError | None = None
         self.failed_at: float | None = None
         self.ended = False
@@ -66,7 +67,9 @@ class RankProcess:
             self.failed_at = self.failed_at or time.monotonic()
             self.join(1.0)
             return
-        if isinstance(message, Failed | ConfigError):
+        if isinstance(message, Busy):
+            self.busy_seconds = message.seconds
+        elif isinstance(message, Failed | ConfigError):
             self.failure, self.failed_at = message, time.monotonic()
         else:
             self.inbox.append(message)

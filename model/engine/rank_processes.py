@@ -50,6 +50,11 @@ class RankProcesses:
     def pids(self) -> list[int]:
         return [rank.pid for rank in self._ranks]
 
+    @property
+    def busy_seconds(self) -> tuple[float, ...]:
+        """That each rank has computed, as far as they have told; some seconds old."""
+        return tuple(rank.busy_seconds for rank in self._ranks)
+
     def submit(self, images: Sequence[Image], microbatch: Microbatch) -> None:
         for image in images:
             self._ranks[0].tell(image)

@@ -29,6 +29,7 @@ class FakeEngine:
     """Finishes one request a step, the latest first, so that answers come out of order."""
 
     statistics = EngineStatistics()
+    rank_busy_seconds = ()
     occupancy = Occupancy(running=0, slots=0.0, blocks=0.0)
 
     def __init__(self, config: EngineConfig) -> None:

@@ -39,8 +39,13 @@ def scraped() -> dict[str, float]:
             statistics=EngineStatistics(9, prompt_tokens=600, output_tokens=60, preemptions=1),
             occupancy=Occupancy(running=3, slots=0.75, blocks=0.5),
             unfinished=8,
+            rank_busy_seconds=(10.0, 20.0),
         )
         of_replica = ReplicaMetrics(engine)  # type: ignore[arg-type]
+        time.sleep(metrics._SECONDS_BETWEEN)
+        of_replica.look(step_seconds=1.0, inbox=4)
+        engine.rank_busy_seconds = (11.0, 20.5)
+        engine.statistics = EngineStatistics(12, 1200, 120, 1)
         time.sleep(metrics._SECONDS_BETWEEN)
         of_replica.look(step_seconds=1.0, inbox=4)
         port = ray.nodes()[0]["MetricsExportPort"]
@@ -60,7 +65,7 @@ def parsed(text: str) -> dict[str, float]:
     for line in text.splitlines():
         if match := re.match(r"(ray_vl01_\w+)\{(.*)\} (\S+)$", line):
             name, labels, value = match.groups()
-            ours = re.findall(r'(?:output|status|reason|kind|state|pool)="[^"]*"', labels)
+            ours = re.findall(r'(?:output|status|reason|kind|state|pool|rank)="[^"]*"', labels)
             found[f"{name}{{{','.join(sorted(ours))}}}"] = float(value)
     return found
 
@@ -84,6 +89,8 @@ def test_prometheus_sees_how_full_a_replica_is(scraped):
     assert scraped["ray_vl01_replica_inbox{}"] == 4
     assert 0.3 < scraped["ray_vl01_replica_busy_ratio{}"] <= 0.5
     assert 200 < scraped['ray_vl01_replica_tokens_per_second{kind="prompt"}'] <= 300
+    assert 0.3 < scraped['ray_vl01_rank_busy_ratio{rank="0"}'] <= 0.5
+    assert 0.1 < scraped['ray_vl01_rank_busy_ratio{rank="1"}'] <= 0.25
 
 
 @pytest.mark.slow

@@ -48,6 +48,16 @@ def test_four_ranks_give_the_tokens_of_one(checkpoint, requests, expected):
     assert _gone(pids, within=1.0)
 
 
+def test_every_rank_says_how_long_it_has_computed(checkpoint, requests):
+    started = time.monotonic()
+    with Engine(_config(checkpoint, 2)) as engine:
+        while not all(engine.rank_busy_seconds) and time.monotonic() < started + 60:
+            list(engine.generate(requests))
+        busy, seconds = engine.rank_busy_seconds, time.monotonic() - started
+    assert len(busy) == 2
+    assert all(0 < rank < seconds for rank in busy)
+
+
 def test_ranks_outlive_the_thread_that_made_the_engine_and_a_dead_one_is_named(
     checkpoint, requests, expected, model
 ):
