@@ -73,7 +73,7 @@ def test_a_stranger_finds_the_way_from_the_top_level_help(vl01):
     assert code == 0
     for word in ("vl01 caption photos --output captions", "vl01 verify captions", "Exit codes"):
         assert word in out
-    unwrapped = "read. A run that was stopped goes on where it was when the same command is"
+    unwrapped = "cannot be read. A run that was stopped goes on where it was when the same"
     assert unwrapped in [line.strip() for line in out.splitlines()]
 
 
