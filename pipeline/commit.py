@@ -106,7 +106,7 @@ class Committer:
             merged = with_changed_files(self.old_rows(record), rows, self.ledger.outdated()[unit])
             self._replace(record, merged, work, self._growth)
         else:
-            self._write(unit, rows, [], self._growth, self.ledger.commit)
+            self._write(unit, rows, work, [], self._growth, self.ledger.commit)
         return work
 
     def old_rows(self, record: CommitRecord) -> pa.Table:
@@ -124,7 +124,7 @@ class Committer:
 
     def _replace(self, old: CommitRecord, rows: pa.Table, work: Work, growth: int) -> None:
         works = [*old.history(), work]
-        self._write(old.unit, rows, works, growth, self.ledger.replace)
+        self._write(old.unit, rows, self._work(rows), works, growth, self.ledger.replace)
 
     def _work(self, rows: pa.Table) -> Work:
         return Work(
@@ -141,13 +141,13 @@ class Committer:
         self,
         unit: int,
         rows: pa.Table,
+        whole: Work,
         works: list[Work],
         growth: int,
         write: Callable[[CommitRecord, bytes], None],
     ) -> None:
-        """Writes the OUTPUT rows of a unit. Raises LedgerError."""
+        """Writes the OUTPUT rows of a unit; whole counts them all. Raises LedgerError."""
         part = part_bytes(rows, self._metadata)
-        whole = self._work(rows)
         record = CommitRecord(
             unit=unit,
             part=self.ledger.part_name(unit),
