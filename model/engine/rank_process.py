@@ -17,6 +17,10 @@ from model.engine.config import EngineConfig
 from model.engine.messages import Busy, Failed, Start
 from schemas.errors import ConfigError
 
+# Read by glibc when a process starts. With its defaults a replica that takes pages from 16 threads
+# grew from 0.35 to 1.2 GB in 280 pages; with these it stays at 0.78.
+GIVE_MEMORY_BACK = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1048576"}
+
 
 class RankProcess:
     """Starts the process on construction. `inbox`: messages that were read and not yet used."""
@@ -107,7 +111,7 @@ def _environment() -> dict[str, str]:
     """
     return {
         "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "MALLOC_MMAP_THRESHOLD_": "1048576",
+        **GIVE_MEMORY_BACK,
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         **os.environ,
