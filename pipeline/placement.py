@@ -15,7 +15,7 @@ import ray.data
 from ray._private import worker as ray_worker
 from ray.exceptions import RayError
 
-from model.engine.rank_process import GIVE_MEMORY_BACK
+from model.engine.rank_host import GIVE_MEMORY_BACK
 from schemas.errors import CheckpointError, ConfigError, EngineError, VL01Error
 from schemas.job import Job
 from schemas.report import Hardware

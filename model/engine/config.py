@@ -17,10 +17,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """One engine: a whole model over `ranks` ranks of this machine.
+    """One engine: a whole model over `ranks` ranks.
 
     checkpoint: folder of the released layout, at a path or at any fsspec address.
-    device: "auto" is cuda where there is one, else cpu; rank r takes GPU r.
+    device: "auto" is cuda where there is one, else cpu; rank r of this machine takes GPU r.
     dtype: of activations and plain weights; "auto" is bfloat16 on cuda, float32 on cpu.
     chunk_tokens: most tokens, of prompts and decode together, in one microbatch.
     max_sequences: most sequences in memory at once. None: as memory allows, MOST_SEQUENCES at most.
@@ -84,8 +84,9 @@ class EngineConfig:
     def plans_ahead(self) -> bool:
         return self.ranks == 1 and (self.on_cuda if self.ahead is None else self.ahead)
 
-    def rank_device(self, rank: int) -> torch.device:
-        return torch.device("cuda", rank) if self.on_cuda else torch.device("cpu")
+    def rank_device(self, gpu: int) -> torch.device:
+        """Of a rank whose own GPU is number `gpu` of those that its process sees."""
+        return torch.device("cuda", gpu) if self.on_cuda else torch.device("cpu")
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -20,6 +20,7 @@ from model.engine.live import Live
 from model.engine.memory import Memory
 from model.engine.microbatch import Image, Microbatch, Sampled
 from model.engine.plan import Plan
+from model.engine.rank_host import Hosts
 from model.engine.rank_in_process import RankInProcess
 from model.engine.rank_processes import RankProcesses
 from model.engine.ranks import layer_spans
@@ -58,14 +59,17 @@ class Engine:
 
     Raises ConfigError (CheckpointError) when it cannot be set up as asked. After an EngineError
     an engine is of no more use; close it.
+
+    hosts: of its ranks, where these are several; None is this machine.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, hosts: Hosts | None = None) -> None:
         self._model = load_config(config.checkpoint)
         self._tokenizer = Tokenizer.from_checkpoint(config.checkpoint)
         layer_spans(self._model.text.num_layers, config.ranks)
-        config.check_devices()
-        self._ranks = RankInProcess(config) if config.ranks == 1 else RankProcesses(config)
+        if hosts is None:
+            config.check_devices()
+        self._ranks = RankInProcess(config) if config.ranks == 1 else RankProcesses(config, hosts)
         self.capacity = self._ranks.capacity
         self._config = config
         self._statistics = EngineStatistics()

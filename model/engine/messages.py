@@ -6,18 +6,23 @@ Busy comes now and then, between all others.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from model.engine.config import EngineConfig
+from model.engine.transport import MeetingPoint
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a rank needs to know of itself. log_level: of the coordinator's logging module."""
+    """What a rank needs to know of itself.
+
+    gpu: the index of its own among those that its process sees. log_level: of the coordinator's
+    logging module.
+    """
 
     config: EngineConfig
     rank: int
-    meeting_point: Path
+    gpu: int
+    meeting_point: MeetingPoint
     log_level: int
 
 

@@ -51,13 +51,14 @@ class Scored:
 
 
 class Rank:
-    """The span of layers with index `rank` of `config.ranks`, loaded and ready for `allocate`."""
+    """The span of layers with index `rank` of `config.ranks`, loaded on `device` and ready for
+    `allocate`."""
 
-    def __init__(self, config: EngineConfig, rank: int) -> None:
+    def __init__(self, config: EngineConfig, rank: int, device: torch.device) -> None:
         self._config = config
-        self.device = config.rank_device(rank)
+        self.device = device
         self.dtype = config.torch_dtype
-        self.decoder = _load(config, rank, self.device)
+        self.decoder = _load(config, rank, device)
         self._features: dict[int, Tensor] = {}  # sequence -> the features not yet used, [P, D]
         self._saved: dict[int, SavedSequence] = {}
 

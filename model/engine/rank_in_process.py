@@ -22,7 +22,7 @@ class RankInProcess:
     def __init__(self, config: EngineConfig) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        rank = Rank(config, 0)
+        rank = Rank(config, 0, config.rank_device(0))
         self.capacity = share_out([rank.room()], config.most_sequences, config.tokens_per_sequence)
         rank.allocate(self.capacity)
         self._rank: Rank | None = rank

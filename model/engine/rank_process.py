@@ -1,48 +1,35 @@
 """One rank's process as its coordinator sees it: what it says, and how it ended."""
 
 import logging
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import deque
 from contextlib import suppress
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from model.engine.config import EngineConfig
 from model.engine.messages import Busy, Failed, Start
+from model.engine.rank_host import RankHost
+from model.engine.transport import MeetingPoint
 from schemas.errors import ConfigError
-
-# Read by glibc when a process starts. With its defaults a replica that takes pages from 16 threads
-# grew from 0.35 to 1.2 GB in 280 pages; with these it stays at 0.78.
-GIVE_MEMORY_BACK = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1048576"}
 
 
 class RankProcess:
     """Starts the process on construction. `inbox`: messages that were read and not yet used."""
 
-    def __init__(self, config: EngineConfig, rank: int, meeting_point: Path) -> None:
+    def __init__(
+        self, config: EngineConfig, rank: int, host: RankHost, meeting_point: MeetingPoint
+    ) -> None:
         self.inbox: deque[Any] = deque()
         self.busy_seconds = 0.0  # that it computed, as far as it has told
         self.failure: Failed | ConfigError | None = None
         self.failed_at: float | None = None
         self.ended = False
         self._name = f"rank {rank} of {config.ranks}"
-        ours, theirs = socket.socketpair()
-        self._channel = Connection(ours.detach())
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "model.engine.rank_worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=_environment(),
-            )
+        self._exit_code: int | None = None
+        self._channel, self._process = host.start()
         log_level = logging.getLogger(__name__).getEffectiveLevel()
-        self.tell(Start(config, rank, meeting_point, log_level))
+        self.tell(Start(config, rank, host.gpu, meeting_point, log_level))
 
     def fileno(self) -> int:
         """Ready to be read when `listen` will not wait."""
@@ -55,7 +42,7 @@ class RankProcess:
     @property
     def killed(self) -> bool:
         """Was it ended by a signal, not by itself?"""
-        return (self._process.poll() or 0) < 0
+        return (self._exit_code or 0) < 0
 
     def tell(self, message: Any) -> None:
         """Send a message. One to a process that is gone is dropped: `listen` will notice."""
@@ -80,12 +67,12 @@ class RankProcess:
 
     def describe(self) -> str:
         """How it ended, in words, with the traceback if it sent one."""
-        code = self._process.poll()
+        code = self._exit_code
         how = "is ending" if code is None else f"ended with exit code {code}"
         if self.killed:
             how = f"was killed by {signal.Signals(-(code or 0)).name}"
         detail = f":\n{self.failure.traceback}" if isinstance(self.failure, Failed) else ""
-        return f"{self._name} (pid {self.pid}) {how}{detail}"
+        return f"{self._name} ({self._process.name}) {how}{detail}"
 
     def hang_up(self) -> None:
         """Close the channel, upon which the process ends itself."""
@@ -93,27 +80,8 @@ class RankProcess:
 
     def join(self, seconds: float) -> bool:
         """Wait for the process to end; has it?"""
-        try:
-            self._process.wait(max(0.0, seconds))
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+        self._exit_code = self._process.wait(seconds)
+        return self._exit_code is not None
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait()
-
-
-def _environment() -> dict[str, str]:
-    """Of a rank: our module path, links that stay on this host, a glibc that gives memory back.
-
-    torch.distributed warns about every pair of ranks that it links on first use; that is meant.
-    """
-    return {
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        **GIVE_MEMORY_BACK,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }

@@ -1,10 +1,8 @@
 """All ranks of one engine, each in a process of its own."""
 
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,8 +10,10 @@ from typing import Any, NoReturn
 from model.engine.config import EngineConfig
 from model.engine.memory import share_out
 from model.engine.microbatch import Image, Microbatch, Sampled
+from model.engine.rank_host import Hosts, RankHost, ThisHost
 from model.engine.rank_process import RankProcess
 from model.engine.sampling import Masks
+from model.engine.transport import MeetingPoint, meeting_store
 from schemas.errors import ConfigError, EngineError
 
 _SECONDS_TO_END = 5.0  # what a rank gets to end by itself before it is killed
@@ -23,19 +23,20 @@ _SECONDS_TO_EXPLAIN = 2.0  # after a failure: for those it takes along, so that 
 class RankProcesses:
     """Starts `config.ranks` processes, and waits until all have loaded their layers.
 
+    hosts: None starts them on this machine, rank r with GPU r.
     Takes microbatches with `submit` and hands back their tokens with `receive`, in order.
     `receive` raises EngineError once a rank has failed or died, with its exit code and traceback,
     or the ranks are closed. So does the start, with ConfigError when a rank found the checkpoint
     or the memory wanting.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, hosts: Hosts | None = None) -> None:
         self._error: EngineError | ConfigError | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="vl01-ranks-")
-        self._closed = threading.Event()
+        self._store = meeting_store(hosts.address) if hosts else None
         self._ranks: list[RankProcess] = []
         try:
-            self._launch(config)
+            self._start(config, hosts.hosts if hosts else _on_this_machine(config))
             rooms = [self._hear(rank) for rank in self._ranks]
             self.capacity = share_out(rooms, config.most_sequences, config.tokens_per_sequence)
             for rank in self._ranks:
@@ -78,29 +79,15 @@ class RankProcesses:
             if not rank.join(deadline - time.monotonic()):
                 rank.kill()
         self._error = self._error or EngineError("the engine is closed")
-        self._closed.set()
+        self._store = None
         self._folder.cleanup()
 
-    def _launch(self, config: EngineConfig) -> None:
-        """Start the processes from a thread that stays as long as they do.
-
-        A rank asks the kernel to kill it when its parent dies, and its parent is the *thread*
-        that started it: the caller's may end long before the engine does.
-        """
-        launched: Future[None] = Future()
-        meeting_point = Path(self._folder.name) / "meeting-point"
-
-        def launch_and_stay() -> None:
-            try:
-                for index in range(config.ranks):
-                    self._ranks.append(RankProcess(config, index, meeting_point))
-                launched.set_result(None)
-            except BaseException as error:
-                launched.set_exception(error)
-            self._closed.wait()
-
-        threading.Thread(target=launch_and_stay, name="parent-of-ranks", daemon=True).start()
-        launched.result()
+    def _start(self, config: EngineConfig, hosts: Sequence[RankHost]) -> None:
+        meeting_point: MeetingPoint = Path(self._folder.name) / "meeting-point"
+        if self._store:
+            meeting_point = self._store.host, self._store.port
+        for rank, host in enumerate(hosts):
+            self._ranks.append(RankProcess(config, rank, host, meeting_point))
 
     def _hear(self, rank: RankProcess) -> Any:
         """The next message of one rank. Listens to all: the end of any of them is a failure."""
@@ -131,6 +118,10 @@ class RankProcesses:
         self._error = wanting[0] if wanting else EngineError(what_happened)
         self.close()
         raise self._error
+
+
+def _on_this_machine(config: EngineConfig) -> Sequence[RankHost]:
+    return [ThisHost(gpu=rank) for rank in range(config.ranks)]
 
 
 def _speaking(ranks: list[RankProcess], seconds: float | None = None) -> list[RankProcess]:

@@ -1,4 +1,4 @@
-"""The process of one rank: `python -m model.engine.rank_worker FD`, started by RankProcesses.
+"""The process of one rank: `python -m model.engine.rank_worker FD`, started by a RankHost.
 
 Takes messages from the socket FD in order. Ends with its coordinator, however that ends.
 """
@@ -72,9 +72,9 @@ def _serve(channel: Connection, next_message: Callable[[], Any]) -> None:
     logging.basicConfig(level=start.log_level, format="%(asctime)s %(name)s: %(message)s")
     config = start.config
     torch.set_num_threads(config.threads_per_rank)
-    device = config.rank_device(start.rank)
+    device = config.rank_device(start.gpu)
     transport = Transport(start.rank, config.ranks, device, start.meeting_point)
-    rank = Rank(config, start.rank)
+    rank = Rank(config, start.rank, device)
     channel.send(rank.room())
     capacity: Capacity = next_message()
     rank.allocate(capacity)

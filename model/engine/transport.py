@@ -10,27 +10,35 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
 # Ranks wait for each other as long as it takes: one may load its weights for half an hour. That
 # one has died is noticed by the coordinator, which ends the others.
 _PATIENCE = timedelta(days=30)
 _SENDS_IN_FLIGHT = 2
 
+# Where ranks find each other: a file, absent at first, on the one machine that all are on; else the
+# address of a `meeting_store`.
+MeetingPoint = Path | tuple[str, int]
+
+
+def meeting_store(host: str) -> TCPStore:
+    """Listens on a free `port` of this machine, whose address is `host`, while it lives."""
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+
 
 class Transport:
-    """One rank's links to the rank before and the rank after it.
+    """One rank's links to the rank before and the rank after it."""
 
-    meeting_point: a file, absent at first, by which ranks of one host find each other.
-    """
-
-    def __init__(self, rank: int, ranks: int, device: torch.device, meeting_point: Path) -> None:
+    def __init__(
+        self, rank: int, ranks: int, device: torch.device, meeting_point: MeetingPoint
+    ) -> None:
         on_cuda = device.type == "cuda"
         if on_cuda:
             torch.cuda.set_device(device)
         dist.init_process_group(
             "nccl" if on_cuda else "gloo",
-            store=FileStore(str(meeting_point), ranks),
+            store=_store(meeting_point, ranks),
             rank=rank,
             world_size=ranks,
             timeout=_PATIENCE,
@@ -54,3 +62,9 @@ class Transport:
         self._sends.append((work, hidden_TD))
         if len(self._sends) > _SENDS_IN_FLIGHT:
             self._sends.popleft()[0].wait()
+
+
+def _store(meeting_point: MeetingPoint, ranks: int) -> Store:
+    if isinstance(meeting_point, Path):
+        return FileStore(str(meeting_point), ranks)
+    return TCPStore(*meeting_point, is_master=False)

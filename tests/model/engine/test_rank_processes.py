@@ -10,11 +10,13 @@ import time
 import psutil
 import pytest
 
+from model.engine.channel import Door, knock
 from model.engine.config import EngineConfig
 from model.engine.engine import Engine
 from model.engine.memory import Capacity
 from model.engine.microbatch import Microbatch
 from model.engine.plan import Plan, Segment
+from model.engine.rank_host import Hosts, LocalProcess
 from model.engine.rank_processes import RankProcesses
 from schemas.errors import ConfigError, EngineError
 from tests.model.engine.conftest import text_request, tight_memory, token_ids
@@ -45,6 +47,40 @@ def test_four_ranks_give_the_tokens_of_one(checkpoint, requests, expected):
     with Engine(_config(checkpoint, 4)) as engine:
         pids = engine.rank_pids
         assert token_ids(list(engine.generate(requests))) == expected
+    assert _gone(pids, within=1.0)
+
+
+class ByTCP:
+    """A host that is reached as one elsewhere would be."""
+
+    gpu = 0
+
+    def start(self):
+        with Door("127.0.0.1") as door:
+            process: list[LocalProcess] = []
+
+            def let_in() -> None:
+                process.append(LocalProcess(knock(door.address, door.key, 5.0)))
+
+            thread = threading.Thread(target=let_in)
+            thread.start()
+            channel = door.open(5.0)
+            thread.join()
+            return channel, process[0]
+
+
+def test_ranks_that_are_reached_and_meet_by_tcp_give_the_same_tokens_and_leave_nothing(
+    checkpoint, requests, expected
+):
+    with Engine(_config(checkpoint, 2), Hosts("127.0.0.1", [ByTCP(), ByTCP()])) as engine:
+        pids = engine.rank_pids
+        assert token_ids(list(engine.generate(requests))) == expected
+        for request in requests:
+            engine.add(request)
+        engine.step()
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.raises(EngineError, match=rf"^rank 1 of 2 \(pid {pids[1]}\) was killed by"):
+            list(engine.generate([]))
     assert _gone(pids, within=1.0)
 
 
