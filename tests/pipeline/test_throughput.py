@@ -13,8 +13,8 @@ from jobs.bench.workloads import WORKLOADS
 from model.config import TextConfig, load_config
 from model.nano.random_checkpoint import RELEASED_SIZES, write_configuration
 from pipeline import lease
-from pipeline.estimate.throughput import _of_runs, find_throughput, time_estimate
 from pipeline.estimate.measured import TABLE
+from pipeline.estimate.throughput import _of_runs, find_throughput, time_estimate
 from pipeline.ledger import Ledger
 from pipeline.report import write_report
 from schemas.errors import ConfigError
