@@ -2,7 +2,8 @@
 
     OUT/_vl01/documents/part-000000123.parquet  the documents of unit 123
     OUT/_vl01/markdown/NAME.md                  the text of the document NAME
-    OUT/_vl01/markdown/LIST/ADDRESS.md          of one in a list, its address percent-encoded
+    OUT/_vl01/markdown/FILE/MEMBER.md           of one in a list, a tar or a Parquet file; the
+                                                address, name or row percent-encoded
 
 A unit holds whole documents, so each of these parts follows from one part of the dataset; it is
 written again when that one has changed. Holds one unit in memory for each of a few threads.
@@ -10,7 +11,7 @@ written again when that one has changed. Holds one unit in memory for each of a 
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
@@ -18,17 +19,19 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.formats.tar import is_document_member
 from pipeline.ledger import Ledger
 from pipeline.lists import is_one_row
 from pipeline.plan import row_id, units_of
 from pipeline.sources import Source
 from pipeline.storage import PatientFile, make_folder
-from schemas.errors import LedgerError
+from schemas.errors import LedgerError, Reason
 from schemas.job import Job
 from schemas.ledger import Unit, UnitKind
 from schemas.rows import DOCUMENTS, Status
 
 SEPARATOR = "\n\n"  # between two pages that have a text
+_UNOPENED = (Reason.ENCRYPTED, Reason.EMPTY_SOURCE, Reason.SOURCE_DAMAGED, Reason.TOO_MANY_PAGES)
 _COLUMNS = ["row_id", "source", "member", "page", "status", "reason", "text"]
 _FOLDER = "documents"
 _OF_PART = b"vl01.part_sha256"  # of the part that the documents follow from
@@ -94,14 +97,9 @@ def join_pages(source: str, member: str | None, rows: list[dict[str, Any]]) -> d
 def _committed(ledger: Ledger) -> Iterator[list[Unit]]:
     done = ledger.committed()
     for table in ledger.planned():
-        units = [unit for unit in units_of(table) if done[unit.number] and _may_hold(unit)]
+        units = [u for u in units_of(table) if done[u.number] and u.may_hold_documents]
         for start in range(0, len(units), _AHEAD):  # `map` does not wait for its reader
             yield units[start : start + _AHEAD]
-
-
-def _may_hold(unit: Unit) -> bool:
-    """Whether there may be documents in a unit."""
-    return unit.kind is UnitKind.DOCUMENTS or (unit.kind is UnitKind.LIST and unit.rows is None)
 
 
 def _write_unit(ledger: Ledger, source: Source, unit: Unit, markdown: bool) -> None:
@@ -129,11 +127,28 @@ def _documents(ledger: Ledger, source: Source, unit: Unit) -> Iterator[tuple[str
     rows: defaultdict[tuple[str, str | None], list[dict[str, Any]]] = defaultdict(list)
     for row in part.to_pylist():
         rows[row["source"], row["member"]].append(row)
-    for name, member in unit.items:
+    for name, member in _items(unit, rows):
         address = source.full_address(name)
         found = rows.get((address, member))
-        if found and not (member and is_one_row(member)):
+        if found and _is_document(unit.kind, member, found):
             yield _document_name(name, member), join_pages(address, member, found)
+
+
+def _items(unit: Unit, rows: Iterable[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
+    """Those of a unit; of a tar or a Parquet file only its rows tell them."""
+    if unit.kind in (UnitKind.TAR, UnitKind.PARQUET):
+        return [(unit.names[0], member) for _, member in rows]
+    return unit.items
+
+
+def _is_document(kind: UnitKind, member: str | None, rows: list[dict[str, Any]]) -> bool:
+    """Whether these rows, all there are of one file or member, are of a document. In a Parquet file
+    nothing tells it but its pages, or why there are none."""
+    if kind is UnitKind.TAR:
+        return member is not None and is_document_member(member)
+    if kind is UnitKind.PARQUET:
+        return any(row["page"] is not None or row["reason"] in _UNOPENED for row in rows)
+    return not (member and is_one_row(member))
 
 
 def _document_name(name: str, member: str | None) -> str:

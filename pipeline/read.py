@@ -93,7 +93,7 @@ def _wanted_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
             none = False
     if none:
         error = row_error(Reason.EMPTY_SOURCE, "no row that is to be done again is in it any more")
-        yield Row(unit.names[0], None, error=error)
+        yield Row(*unit.items[0], error=error)
 
 
 def _timed(rows: Iterator[Row]) -> Iterator[tuple[Row, float]]:

@@ -128,8 +128,9 @@ def merge(old: pa.Table, new: pa.Table, unit: Unit, kept: list[str]) -> pa.Table
 
 
 def stand_ins(unit: Unit) -> frozenset[str]:
-    """The ids of rows that stand for unknown ones, which only uncounted units can have."""
-    return frozenset(row_id(*item) for item in unit.items) if unit.rows is None else frozenset()
+    """The ids of rows that may stand for unknown ones: for what is behind the cut of a tar, for the
+    pages of a document that could not be opened."""
+    return frozenset(row_id(*item) for item in unit.items if unit.may_hold_documents)
 
 
 def _vanished(unit: Unit, known: set[str]) -> set[str]:

@@ -16,9 +16,9 @@ from schemas.errors import ConfigError
 from schemas.ledger import UnitKind
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "avif", "jp2")
-_TIFF_SUFFIXES = ("tif", "tiff")  # of one image, or of many pages: only their content tells
 _KINDS = dict.fromkeys(_IMAGE_SUFFIXES, UnitKind.IMAGES) | {
-    **dict.fromkeys((*_TIFF_SUFFIXES, "pdf"), UnitKind.DOCUMENTS),
+    # A TIFF holds one image, or many pages: only its content tells.
+    **dict.fromkeys(("tif", "tiff", "pdf"), UnitKind.DOCUMENTS),
     "tar": UnitKind.TAR,
     "parquet": UnitKind.PARQUET,
 }
@@ -33,11 +33,6 @@ _OUR_PART = re.compile(r"part-\d{9}\.parquet")
 def kind_of(name: str) -> UnitKind | None:
     """What a file is by its name, whatever the case; None for what is not read."""
     return _KINDS.get(_suffix(name)) or _LISTS.get(_suffix(name))
-
-
-def is_image(name: str) -> bool:
-    """Whether a file is an image by its name, where one with several pages counts as its first."""
-    return _suffix(name) in (*_IMAGE_SUFFIXES, *_TIFF_SUFFIXES)
 
 
 def _suffix(name: str) -> str:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from pipeline.commit import rows_of
 from pipeline.ledger import Ledger
-from pipeline.plan import planned_row_ids, units_of
+from pipeline.plan import planned_row_ids, row_id, units_of
 from pipeline.storage import PatientFile
 from schemas.errors import ConfigError
-from schemas.ledger import CommitRecord, Unit
+from schemas.ledger import CommitRecord, Unit, UnitKind
 
 _THREADS = 16
 _AHEAD = 256
@@ -95,8 +96,8 @@ def verify(output: str, endpoint_url: str | None = None, deep: bool = False) -> 
             damaged += 1
             problems.add(f"unit {checked.unit}: {checked.problem}")
     doubled = _doubled(ledger, done, heads)
-    for row_id, units in doubled.items():
-        problems.add(f"row {row_id} is there {len(units)} times, in units {units}")
+    for one, units in doubled.items():
+        problems.add(f"row {one} is there {len(units)} times, in units {units}")
     unrecorded = [ledger.part_name(n) for n in ledger.parts() if n >= len(done) or not done[n]]
     for part in unrecorded:
         problems.add(f"{part} has no commit record: its rows do not count, but are read with OUT")
@@ -145,20 +146,23 @@ def _check_all(ledger: Ledger, done: np.ndarray, deep: bool) -> Iterator[_Checke
 
 
 def _check(ledger: Ledger, unit: Unit, deep: bool, outdated: Collection[int]) -> _Checked:
+    planned = None if unit.number in outdated else planned_row_ids(unit)
     record = None
     try:
         record = ledger.record(unit.number)
         record, ids = _recorded_ids(ledger, record, deep)
+        accounted = set(ids)
+        if planned and unit.kind is UnitKind.PARQUET and accounted != set(planned):
+            accounted = _with_pages_joined(ledger, unit)
     except Exception as error:  # missing, cut, unreadable: of many classes
         missing = unit.rows or (record.rows if record else 0)
         return _Checked(unit.number, record, b"", missing, " ".join(str(error).split()))
-    planned = None if unit.number in outdated else planned_row_ids(unit)
     if planned is None:
         expected, absent = record.rows, max(0, record.rows - len(ids))
         foreign = max(0, len(ids) - record.rows)
     else:
         expected = len(planned)
-        absent, foreign = len(set(planned) - set(ids)), len(set(ids) - set(planned))
+        absent, foreign = len(set(planned) - accounted), len(accounted - set(planned))
     problem = None
     if absent or foreign:
         problem = (
@@ -178,6 +182,18 @@ def _recorded_ids(
         if replacement := ledger.replacement(record.unit):
             return replacement, _row_ids(ledger, replacement, deep)
         raise
+
+
+def _with_pages_joined(ledger: Ledger, unit: Unit) -> set[str]:
+    """The row ids of a part; the pages of a document count as the row they were planned as."""
+    rows = rows_of(ledger.read_part(unit.number)).select(["row_id", "member", "page"]).to_pylist()
+    name = unit.names[0]
+    return {
+        row_id(name, row["member"])
+        if row["row_id"] == row_id(name, row["member"], row["page"])
+        else row["row_id"]
+        for row in rows
+    }
 
 
 def _row_ids(ledger: Ledger, record: CommitRecord, deep: bool) -> list[str]:

@@ -13,9 +13,9 @@ from schemas.errors import LedgerError
 
 class UnitKind(StrEnum):
     IMAGES = "images"  # some of the image files of a folder
-    TAR = "tar"  # one WebDataset shard
+    TAR = "tar"  # one WebDataset shard; a row for each page of the documents in it
     DOCUMENTS = "documents"  # some PDFs and TIFFs; a row for each page
-    PARQUET = "parquet"  # consecutive rows of one Parquet file
+    PARQUET = "parquet"  # consecutive rows of one Parquet file; pages likewise
     LIST = "list"  # consecutive addresses of one list
 
 
@@ -24,12 +24,13 @@ class Unit:
     """The slice of a source that is read, retried and committed as a whole.
 
     names: relative to the source's root; many for IMAGES and DOCUMENTS, one otherwise. For LIST the
-    members of its rows follow the name of the list, empty for those that a retry leaves alone.
-    first_row, rows: of the Parquet file; rows is the count of names for IMAGES, of members for
-    LIST, whose first_row is the offset of the first of them in bytes. rows is None where only
-    reading tells: for a tar, for documents and what may be some, and for a Parquet file that could
-    not be planned (damaged, no image column, no rows), which is read again as a whole and, if it
-    still cannot be, is one row.
+    members of its rows follow the name of the list, empty for those that a retry leaves alone. For
+    TAR and PARQUET the members that a retry is for follow the name of the file.
+    first_row, rows: of the Parquet file, one of which may hold a document of many pages; rows is
+    the count of names for IMAGES, of members for LIST, whose first_row is the offset of the first
+    of them in bytes. rows is None where only reading tells: for a tar, for documents and what may
+    be some, and for a Parquet file that could not be planned (damaged, no image column, no rows),
+    which is read again as a whole and, if it still cannot be, is one row.
     only, but: row ids, in a retry: the rows to do again, and the rows to leave as they are.
     """
 
@@ -44,26 +45,42 @@ class Unit:
     @property
     def files(self) -> tuple[str, ...]:
         """Those of the names that are names of files of the source."""
-        return self.names[:1] if self.kind is UnitKind.LIST else self.names
+        return self.names[:1] if self.kind in _OF_ONE_FILE else self.names
+
+    @property
+    def members(self) -> frozenset[str] | None:
+        """Those of a tar or of a Parquet file that a retry is for; None: all of them."""
+        return frozenset(self.names[1:]) or None
 
     @property
     def items(self) -> list[tuple[str, str | None]]:
-        """Name and member of what is opened by itself: each file, each address of a list."""
-        if self.kind is UnitKind.LIST:
+        """Name and member of what is opened by itself, as far as the plan knows it: each file,
+        each address of a list, each member that a retry is for."""
+        if self.kind in _OF_ONE_FILE and len(self.names) > 1:
             return [(self.names[0], member) for member in self.names[1:] if member]
         return [(name, None) for name in self.names]
 
+    @property
+    def may_hold_documents(self) -> bool:
+        """Whether there may be a row for each page of something: only reading tells."""
+        return self.rows is None or self.kind is UnitKind.PARQUET
+
     def narrowed(self, members: Collection[str | None]) -> "Unit":
-        """Of a list, no more than the rows of these members: the others are then not even fetched.
-        An id alone does not tell of which address it is a page. Any other unit as it is."""
-        if self.kind is not UnitKind.LIST:
-            return self
+        """Of a list, a tar or a Parquet file, no more than the rows of these members: the others
+        are then not even fetched or opened. An id alone does not tell of what it is a page. Any
+        other unit as it is, and one whose file itself is a row to do again (None)."""
         name, *mine = self.names
-        return replace(self, names=(name, *(one if one in members else "" for one in mine)))
+        if self.kind is UnitKind.LIST:
+            return replace(self, names=(name, *(one if one in members else "" for one in mine)))
+        if self.kind in _OF_ONE_FILE and None not in members:
+            return replace(self, names=(name, *sorted(filter(None, members))))
+        return self
 
     def wants(self, row_id: str) -> bool:
         return (self.only is None or row_id in self.only) and row_id not in self.but
 
+
+_OF_ONE_FILE = (UnitKind.TAR, UnitKind.PARQUET, UnitKind.LIST)
 
 PLAN = pa.schema(
     [

@@ -3,11 +3,14 @@
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 
 from tests.documents import encrypted_pdf, endless_pdf, pdf, tiff
 from tests.images import bad_images, page
+from tests.pipeline.test_read import tar_of
 from tests.sources import write_folder
 from tests.test_end_to_end import caption, checkpoint, command, read, run  # noqa: F401
 
@@ -20,6 +23,10 @@ def documents() -> dict[str, tuple[bytes, list[tuple[int | None, str | None]]]]:
     """By name, its bytes and the (page, reason) that its rows must have."""
     frames = [page(seed, (300, 400)) for seed in range(3)]
     cut = tiff(frames)[: len(tiff(frames)) * 2 // 3]
+    inside = {"a.pdf": pdf(["x"] * 2), "b.pdf": encrypted_pdf(), "c.tif": tiff(frames)}
+    of_inside = [*pages(2), (None, "encrypted"), *pages(3)]
+    table = pa.BufferOutputStream()
+    pq.write_table(pa.table({"image": list(inside.values())}), table)
     bombs = {name: data for name, data, _ in bad_images() if name == "huge.png"}
     found = {
         f"{i:02}.pdf": (pdf([f"{i} {j}" for j in range(i % 4 + 1)]), pages(i % 4 + 1))
@@ -32,6 +39,8 @@ def documents() -> dict[str, tuple[bytes, list[tuple[int | None, str | None]]]]:
         "empty.pdf": (b"", [(None, "empty_file")]),
         "encrypted.pdf": (encrypted_pdf(), [(None, "encrypted")]),
         "endless.pdf": (endless_pdf(2), [(1, "timeout"), (2, "timeout")]),
+        "inside.parquet": (table.getvalue().to_pybytes(), of_inside),
+        "inside.tar": (tar_of(inside), of_inside),
         "huge.png": (bombs["huge.png"], [(None, "too_many_pixels")]),
         "no-pages.pdf": (pdf([]), [(None, "empty_source")]),
         "one.tif": (tiff(frames[:1]), [(None, None)]),

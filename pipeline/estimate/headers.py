@@ -13,14 +13,16 @@ from typing import IO, Any
 from model.inputs.images import DecodeLimits, image_size
 from model.inputs.tiling import Layout, Pinpoints, choose_layout
 from pipeline.fetch.fetch import Fetched
-from pipeline.formats.documents import check_pages, on_disk
-from pipeline.formats.lists import fetched_addresses, may_be_document, named
-from pipeline.formats.parquet import parquet_rows
+from pipeline.formats.documents import begins_like_document, check_pages, copied, on_disk
+from pipeline.formats.lists import fetched_addresses
+from pipeline.formats.parquet import cells
 from pipeline.formats.row import ReadSettings, blame, check_size
-from pipeline.formats.tar import StrictHeader, is_image_member
+from pipeline.formats.tar import StrictHeader, members_read
+from pipeline.lists import is_one_row
 from pipeline.render.renderer import Renderer
+from pipeline.sources import kind_of
 from pipeline.storage import PatientFile
-from schemas.errors import Reason, RowError
+from schemas.errors import EngineError, Reason, RowError
 from schemas.ledger import Unit, UnitKind
 
 _BLOCK_BYTES = 64 * 1024  # asked for at once; most headers are shorter
@@ -54,27 +56,25 @@ class HeaderReader:
     patch: int
 
     def look_into(self, unit: Unit, most_rows: int) -> list[Cluster]:
-        """At most `most_rows` rows of each image file, document, tar or slice of a Parquet file in
-        a unit. Never raises for bad input.
+        """At most `most_rows` images or documents of each file in a unit, and as many pages of each
+        document. Never raises for bad input.
         """
-        if unit.kind is UnitKind.TAR:
-            return [self._tar(unit, most_rows)]
-        if unit.kind is UnitKind.PARQUET:
-            return [self._parquet(unit, most_rows)]
-        if unit.kind is UnitKind.LIST:
-            with Renderer(self.read.pages) as renderer:
+        if unit.kind is UnitKind.IMAGES:
+            return [self._image(name) for name in unit.names]
+        with Renderer(self.read.pages) as renderer:
+            if unit.kind is UnitKind.TAR:
+                return self._tar(unit, most_rows, renderer)
+            if unit.kind is UnitKind.PARQUET:
+                return self._parquet(unit, most_rows, renderer)
+            if unit.kind is UnitKind.LIST:
                 return [
                     self._fetched(unit.names[place + 1], fetched, most_rows, renderer)
                     for place, fetched in fetched_addresses(unit, self.read)
                 ]
-        if unit.kind is UnitKind.DOCUMENTS:
-            with Renderer(self.read.pages) as renderer:
-                return [self._document_file(name, most_rows, renderer) for name in unit.names]
-        return [self._image(name) for name in unit.names]
+            return [self._document_file(name, most_rows, renderer) for name in unit.names]
 
     def _image(self, name: str) -> Cluster:
-        what = self._file(name)
-        return Cluster(1, True, [] if what is None else [what])
+        return _one(self._file(name))
 
     def _document_file(self, name: str, most_rows: int, renderer: Renderer) -> Cluster:
         try:
@@ -101,14 +101,18 @@ class HeaderReader:
     ) -> Cluster:
         if fetched.file is None:
             return Cluster(1, True, [fetched.error.reason] if fetched.error else [])
+        with fetched.file as file:
+            return self._within(file, most_rows, None if is_one_row(member) else renderer)
+
+    def _within(self, file: Any, most_rows: int, renderer: Renderer | None) -> Cluster:
+        """An open file at its start. renderer: None where it is one image, whatever is in it."""
         try:
-            with fetched.file as file:
-                if may_be_document(member, file):
-                    with named(file) as path:
-                        if (document := self._document(path, most_rows, renderer)) is not None:
-                            return document
-                what = self._layout(file)
-                return Cluster(1, True, [] if what is None else [what])
+            if renderer and begins_like_document(file):
+                with copied(file) as path:
+                    if (document := self._document(path, most_rows, renderer)) is not None:
+                        return document
+                file.seek(0)
+            return _one(self._layout(file))
         except RowError as error:
             return Cluster(1, True, [error.reason])
 
@@ -128,50 +132,59 @@ class HeaderReader:
         except Exception as error:  # storage clients raise far more than OSError
             return blame(error, file).reason
 
-    def _tar(self, unit: Unit, most_rows: int) -> Cluster:
+    def _tar(self, unit: Unit, most_rows: int, renderer: Renderer) -> list[Cluster]:
+        """One for each image or document that is looked at."""
         (name,) = unit.names
         source, file = self.read.source, None
-        seen: list[Layout | Reason | None] = []
-        rows = None
+        found: list[Cluster] = []
         try:
             with (
                 PatientFile(source.fs, source.path(name), block_size=_TAR_BLOCK_BYTES) as file,
                 _open_tar(file) as tar,
             ):
-                for member in _images(tar, file.size):
-                    if len(seen) == most_rows:  # the rest is taken to be as dense
-                        rows = len(seen) * file.size / member.offset
-                        break
-                    seen.append(self._member(tar, member))
+                for member in _whole_members(tar, file.size):
+                    if len(found) == most_rows:  # the rest is taken to be as dense
+                        return _scaled(found, file.size / member.offset)
+                    found.append(self._member(tar, member, most_rows, renderer))
+        except EngineError:  # of the renderer: it is not the tar's fault
+            raise
         except Exception as error:  # damaged headers make tarfile raise errors of many classes
-            seen.append(blame(error, file).reason)
-        seen = seen or [Reason.EMPTY_SOURCE]
-        return Cluster(rows or len(seen), rows is None, [what for what in seen if what is not None])
+            found.append(Cluster(1, True, [blame(error, file).reason]))
+        return found or [Cluster(1, True, [Reason.EMPTY_SOURCE])]
 
-    def _member(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Layout | Reason | None:
+    def _member(
+        self, tar: tarfile.TarFile, member: tarfile.TarInfo, most_rows: int, renderer: Renderer
+    ) -> Cluster:
         try:
             check_size(member.size, self.read.max_bytes)
             file: Any = tar.extractfile(member)
-            return self._layout(file)
+            if kind_of(member.name) is UnitKind.DOCUMENTS:
+                with copied(file, member.name) as path:
+                    if (document := self._document(path, most_rows, renderer)) is not None:
+                        return document
+                file.seek(0)
+            return _one(self._layout(file))
         except RowError as error:
-            return error.reason
+            return Cluster(1, True, [error.reason])
 
-    def _parquet(self, unit: Unit, most_rows: int) -> Cluster:
-        seen: list[Layout | Reason | None] = []
+    def _parquet(self, unit: Unit, most_rows: int, renderer: Renderer) -> list[Cluster]:
+        """One for each cell that is looked at; the others are taken to be like them."""
+        found: list[Cluster] = []
         size = 0
-        for row in islice(parquet_rows(unit, self.read), most_rows):
-            size += len(row.data or b"")
-            if size > _MOST_PARQUET_BYTES:
-                break
-            seen.append(self._row(row.data, row.error))
-        usable = [what for what in seen if what is not None]
-        return Cluster(unit.rows or len(seen), True, usable)
-
-    def _row(self, data: bytes | None, error: RowError | None) -> Layout | Reason | None:
-        try:
-            return error.reason if error else self._layout(io.BytesIO(data or b""))
-        except RowError as unusable:
-            return unusable.reason
+        for row, image in islice(cells(unit, self.read), most_rows):
+            if image is None:
+                found.append(Cluster(1, True, [row.error.reason] if row.error else []))
+                continue
+            with image:
+                size += image.seek(0, io.SEEK_END)
+                image.seek(0)
+                if size > _MOST_PARQUET_BYTES:
+                    break
+                found.append(self._within(image, most_rows, renderer))
+        planned = unit.rows or len(found)
+        if not found:
+            return [Cluster(planned, True, [])]
+        return found if planned == len(found) else _scaled(found, planned / len(found))
 
     def _layout(self, file: Any) -> Layout | None:
         """None when the header is not found within _MOST_BYTES. Raises RowError."""
@@ -189,14 +202,21 @@ def _open_tar(file: PatientFile) -> tarfile.TarFile:
     return tarfile.open(fileobj=file, mode="r:", tarinfo=StrictHeader)  # type: ignore[arg-type]
 
 
-def _images(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+def _whole_members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
     """The members that become rows. Raises ReadError at one that the end of the tar cuts."""
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
-        if is_image_member(member):
-            if member.offset_data + member.size > size:
-                raise tarfile.ReadError("unexpected end of data")
-            yield member
+    for member in members_read(tar):
+        if member.offset_data + member.size > size:
+            raise tarfile.ReadError("unexpected end of data")
+        yield member
+
+
+def _one(what: Layout | Reason | None) -> Cluster:
+    return Cluster(1, True, [] if what is None else [what])
+
+
+def _scaled(clusters: list[Cluster], factor: float) -> list[Cluster]:
+    """They stand for more than themselves."""
+    return [Cluster(cluster.rows * factor, False, cluster.seen) for cluster in clusters]
 
 
 class _Start:

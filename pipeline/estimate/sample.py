@@ -1,8 +1,8 @@
 """A sample of the source: each unit is counted, a few of each kind are looked into.
 
-What is looked into is a cluster: an image file, a document, an address, a tar, or a slice of a
-Parquet file. A kind with few clusters is looked into whole. Holds the sample alone, however large
-the source is.
+What is looked into is an image file, a document, an address, a tar, or a slice of a Parquet file;
+rows that lie together in it are a cluster. A kind with few of these is looked into whole. Holds the
+sample alone, however large the source is.
 """
 
 import random
@@ -17,7 +17,7 @@ from schemas.errors import Reason
 from schemas.ledger import Unit, UnitKind
 
 HEADERS = 1024  # of each kind: the mean of the tokens then errs by 1.5%, one standard error
-_CLUSTERS = {
+_PLACES = {
     UnitKind.IMAGES: HEADERS,
     UnitKind.DOCUMENTS: 256,
     UnitKind.TAR: 64,
@@ -45,23 +45,24 @@ class Seen(NamedTuple):
 
 @dataclass
 class Kind:
-    """The units of one kind. rows: as far as planning counted them."""
+    """The units of one kind. rows: as far as planning counted them. places: how many there are to
+    look into; kept: some of them."""
 
     most: int
     rows_known: bool = True
     units: int = 0
     rows: int = 0
-    clusters: int = 0
+    places: int = 0
     kept: list[Unit | str] = field(default_factory=list)  # a name is a file of its own
     _random: random.Random = field(default_factory=lambda: random.Random(_SEED))
 
-    def add(self, cluster: Unit | str) -> None:
-        """Each cluster is kept with the same probability, in one pass (reservoir sampling)."""
-        self.clusters += 1
-        if self.clusters <= self.most:
-            self.kept.append(cluster)
-        elif (place := self._random.randrange(self.clusters)) < self.most:
-            self.kept[place] = cluster
+    def add(self, place: Unit | str) -> None:
+        """Each place is kept with the same probability, in one pass (reservoir sampling)."""
+        self.places += 1
+        if self.places <= self.most:
+            self.kept.append(place)
+        elif (slot := self._random.randrange(self.places)) < self.most:
+            self.kept[slot] = place
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,24 @@ def survey(units: Iterable[Unit], headers: HeaderReader) -> dict[UnitKind, Surve
 
 
 def _count(units: Iterable[Unit]) -> dict[UnitKind, Kind]:
-    kinds = {kind: Kind(most) for kind, most in _CLUSTERS.items()}
+    kinds = {kind: Kind(most) for kind, most in _PLACES.items()}
     for unit in (unit for unit in units if unit.rows != 0):
         kind = kinds[unit.kind]
         kind.units += 1
-        kind.rows += unit.rows or len(unit.items)
+        kind.rows += _planned_rows(unit)
         # A Parquet file that could not be planned is one row, which planning knows as well.
         kind.rows_known &= unit.rows is not None or unit.kind is UnitKind.PARQUET
-        for cluster in _clusters(unit):
-            kind.add(cluster)
+        for place in _places(unit):
+            kind.add(place)
     return kinds
 
 
-def _clusters(unit: Unit) -> Iterable[Unit | str]:
+def _planned_rows(place: Unit | str) -> int:
+    """Documents count as one each."""
+    return 1 if isinstance(place, str) else place.rows or len(place.items)
+
+
+def _places(unit: Unit) -> Iterable[Unit | str]:
     if unit.kind in _BATCH:
         return unit.names
     if unit.kind is UnitKind.LIST:
@@ -107,15 +113,11 @@ def _survey(name: UnitKind, kind: Kind, headers: HeaderReader) -> Survey:
     with ThreadPoolExecutor(_THREADS[name]) as pool:
         found = pool.map(lambda unit: headers.look_into(unit, most_rows), _units(name, kind.kept))
         clusters = [cluster for clusters in found for cluster in clusters]
-    all_kept = kind.clusters == len(kind.kept)
-    counted = sum(cluster.rows for cluster in clusters)
-    rows_known = kind.rows_known or (all_kept and all(c.counted for c in clusters))
-    if all_kept:
-        rows = counted
-    elif rows_known:
-        rows = float(kind.rows)
-    else:
-        rows = counted / len(clusters) * kind.clusters
+    all_kept = kind.places == len(kind.kept)
+    counted, planned = sum(cluster.rows for cluster in clusters), sum(map(_planned_rows, kind.kept))
+    as_planned = kind.rows_known and round(counted) == planned
+    rows_known = as_planned or (all_kept and all(c.counted for c in clusters))
+    rows = counted if all_kept else counted / planned * kind.rows
     seen = list(_weigh(clusters, rows / counted))
     whole = all_kept and all(len(cluster.seen) == cluster.rows for cluster in clusters)
     return Survey(kind.units, rows, rows_known, seen, whole)
@@ -127,9 +129,9 @@ def _weigh(clusters: list[Cluster], scale: float) -> Iterator[Seen]:
             yield Seen(what, cluster.rows / len(cluster.seen) * scale)
 
 
-def _units(kind: UnitKind, clusters: Sequence[Unit | str]) -> Iterator[Unit]:
-    """Clusters that are files become units of a few of them."""
-    names = [cluster for cluster in clusters if isinstance(cluster, str)]
+def _units(kind: UnitKind, places: Sequence[Unit | str]) -> Iterator[Unit]:
+    """Files become units of a few of them."""
+    names = [place for place in places if isinstance(place, str)]
     for i in range(0, len(names), _BATCH.get(kind, 1)):
         yield Unit(0, kind, tuple(names[i : i + _BATCH[kind]]))
-    yield from (cluster for cluster in clusters if isinstance(cluster, Unit))
+    yield from (place for place in places if isinstance(place, Unit))

@@ -32,13 +32,6 @@ class Fetched(NamedTuple):
     file: IO[bytes] | None = None
     error: RowError | None = None
 
-    def read(self) -> bytes | None:
-        """The bytes, if there are any; closes the file."""
-        if self.file is None:
-            return None
-        with self.file as file:
-            return file.read()
-
 
 class Fetcher:
     """Raises ConfigError for settings that are not usable."""

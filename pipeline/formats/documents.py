@@ -1,9 +1,14 @@
-"""The rows of a unit of documents: one for each page of a PDF or of a TIFF with several frames."""
+"""The rows of documents: one for each page of a PDF or of a TIFF with several frames.
 
+Of whole files, and of what is inside of others.
+"""
+
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import IO
 
 from pipeline.formats.row import (
     STREAM_BYTES,
@@ -16,9 +21,13 @@ from pipeline.formats.row import (
     row_error,
 )
 from pipeline.render.renderer import Renderer
+from pipeline.sources import kind_of
 from pipeline.storage import PatientFile, is_local, patiently
 from schemas.errors import Reason, RowError
-from schemas.ledger import Unit
+from schemas.ledger import Unit, UnitKind
+
+_PDF, _PDF_WITHIN = b"%PDF-", 1024  # bytes; the mark may follow others
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def document_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
@@ -59,6 +68,29 @@ def rows_of_file(
         raise row_error(Reason.SOURCE_DAMAGED, broken)
 
 
+def rows_within(
+    unit: Unit, whole: Row, file: IO[bytes], settings: ReadSettings, renderer: Renderer
+) -> Iterator[Row]:
+    """The same of an open file at its start, of which nothing but its content tells what it is; a
+    document that cannot be opened is the row `whole` with its reason."""
+    if not begins_like_document(file):
+        yield whole._replace(data=file.read())
+        return
+    try:
+        with copied(file) as path:
+            file.seek(0)
+            yield from rows_of_file(unit, whole, path, file.read, settings, renderer)
+    except RowError as error:
+        yield whole._replace(error=error)
+
+
+def begins_like_document(file: IO[bytes]) -> bool:
+    """Whether a file, which is at its start and stays there, begins like a PDF or a TIFF."""
+    begin = file.read(_PDF_WITHIN)
+    file.seek(0)
+    return begin.startswith(_TIFF) or _PDF in begin
+
+
 def check_pages(pages: int, max_pages: int) -> None:
     """Raises RowError."""
     if pages == 0:
@@ -79,16 +111,25 @@ def on_disk(settings: ReadSettings, name: str) -> Iterator[str]:
         check_size(_size(settings, name), settings.max_bytes)
         yield path
         return
-    with tempfile.NamedTemporaryFile(suffix="-" + name.rpartition("/")[2][-100:]) as copy:
-        file = None
+    file = None
+    with ExitStack() as copying:
         try:
             with PatientFile(fs, path, block_size=STREAM_BYTES) as file:
                 check_size(file.size, settings.max_bytes)
-                while block := file.read(STREAM_BYTES):
-                    copy.write(block)
-            copy.flush()
+                copy = copying.enter_context(copied(file, name))
         except Exception as error:  # storage clients raise far more than OSError
             raise blame(error, file) from error
+        yield copy
+
+
+@contextmanager
+def copied(file: IO[bytes] | PatientFile, name: str = "") -> Iterator[str]:
+    """The path of a copy of a file from where it is read to its end, for another process. The copy
+    ends like `name`, by which a PDF is known that does not begin like one."""
+    ending = "." + name.rpartition(".")[2] if kind_of(name) is UnitKind.DOCUMENTS else ""
+    with tempfile.NamedTemporaryFile(suffix=ending) as copy:
+        shutil.copyfileobj(file, copy, STREAM_BYTES)
+        copy.flush()
         yield copy.name
 
 

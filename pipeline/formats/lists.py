@@ -1,26 +1,20 @@
 """The rows of some addresses of a list: what is there, fetched several at once, in their order."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 
 from pipeline.fetch.fetch import Fetched, Fetcher, absolute
-from pipeline.formats.documents import rows_of_file
-from pipeline.formats.row import STREAM_BYTES, ReadSettings, Row, row_error
+from pipeline.formats.documents import rows_within
+from pipeline.formats.row import ReadSettings, Row, row_error
 from pipeline.lists import AddressList, Group, address_of, is_one_row
 from pipeline.plan import row_id
 from pipeline.render.renderer import Renderer
 from pipeline.storage import PatientFile
 from schemas.errors import Reason, RowError
 from schemas.ledger import Unit
-
-_PDF, _PDF_WITHIN = b"%PDF-", 1024  # bytes; the mark may follow others
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def list_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
@@ -64,34 +58,10 @@ def _rows(
         yield row._replace(error=fetched.error)
         return
     with fetched.file as file:
-        if not may_be_document(member, file):
+        if is_one_row(member):  # so it was planned
             yield row._replace(data=file.read())
-            return
-        try:
-            with named(file) as path:
-                yield from rows_of_file(unit, row, path, file.read, settings, renderer)
-        except RowError as error:
-            yield row._replace(error=error)
-
-
-def may_be_document(member: str, file: IO[bytes]) -> bool:
-    """Whether a file, which is at its start and stays there, begins like a PDF or a TIFF, and was
-    not planned as one image."""
-    if is_one_row(member):
-        return False
-    begin = file.read(_PDF_WITHIN)
-    file.seek(0)
-    return begin.startswith(_TIFF) or _PDF in begin
-
-
-@contextmanager
-def named(file: IO[bytes]) -> Iterator[str]:
-    """The path of a copy, for another process. The file is at its start again."""
-    with tempfile.NamedTemporaryFile() as copy:
-        shutil.copyfileobj(file, copy, STREAM_BYTES)
-        copy.flush()
-        file.seek(0)
-        yield copy.name
+        else:
+            yield from rows_within(unit, row, file, settings, renderer)
 
 
 def _kept(unit: Unit, settings: ReadSettings) -> pa.Table | None:

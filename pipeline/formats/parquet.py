@@ -1,8 +1,11 @@
-"""The rows of a slice of a Parquet file: its images as they are, and the columns that are kept."""
+"""The rows of a slice of a Parquet file: its images as they are, the pages of documents, and the
+columns that are kept.
+"""
 
+import io
 import posixpath
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +13,7 @@ import pyarrow.types as t
 
 from pipeline.columns import find_column, no_column
 from pipeline.fetch.fetch import Fetcher, absolute
+from pipeline.formats.documents import rows_within
 from pipeline.formats.row import (
     STREAM_BYTES,
     TABLE_BYTES,
@@ -19,10 +23,9 @@ from pipeline.formats.row import (
     blame,
     check_size,
     read_file,
-    read_row,
     row_error,
 )
-from pipeline.plan import row_id
+from pipeline.render.renderer import Renderer
 from pipeline.storage import PatientFile
 from schemas.errors import Reason, RowError
 from schemas.ledger import Unit
@@ -30,31 +33,57 @@ from schemas.ledger import Unit
 _MOST_ADDRESSES = 256  # read at a time, so that many of them can be fetched at once
 
 
-def parquet_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
-    """Exactly the rows that were planned: those that cannot be read any more are failed rows.
+class Cell(NamedTuple):
+    """One row of the file. image: what its image column holds, or its address leads to, in a file
+    at its start, which is the caller's to close; None where the row has an error."""
 
-    A file that had no rows to plan gives those it turns out to have, or one failed row.
+    row: Row
+    image: IO[bytes] | None = None
+
+
+def parquet_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
+    """A row for each cell, or one for each page of what turns out to be a document."""
+    with Renderer(settings.pages) as renderer:
+        for row, image in cells(unit, settings):
+            if image is None:
+                yield row
+                continue
+            with image:
+                for found in rows_within(unit, row, image, settings, renderer):
+                    yield found._replace(kept=row.kept)
+
+
+def cells(unit: Unit, settings: ReadSettings) -> Iterator[Cell]:
+    """Exactly those that were planned: what cannot be read any more has an error. In a retry only
+    those it is for.
+
+    A file that had no rows to plan gives those it turns out to have, or one with an error.
     """
-    (name,) = unit.names
+    name, wanted = unit.files[0], unit.members
     row, error = unit.first_row, None
     end = None if unit.rows is None else unit.first_row + unit.rows
     try:
-        for found in _rows_of_file(unit, row, end, settings):
-            yield found
+        for found in _cells_of_file(unit, row, end, settings):
+            if found is not None:
+                yield found
             row += 1
     except RowError as caught:
         error = caught
     if end is not None:
         changed = row_error(Reason.SOURCE_DAMAGED, f"it has only {row:,} rows now; it was changed")
-        for missing in range(row, end):
-            yield Row(name, str(missing), error=error or changed)
+        for missing in map(str, range(row, end)):
+            if wanted is None or missing in wanted:
+                yield Cell(Row(name, missing, error=error or changed))
     elif error or row == 0:
-        yield Row(name, None, error=error or row_error(Reason.EMPTY_SOURCE, "it holds no rows"))
+        error = error or row_error(Reason.EMPTY_SOURCE, "it holds no rows")
+        yield Cell(Row(name, None, error=error))
 
 
-def _rows_of_file(unit: Unit, first: int, end: int | None, settings: ReadSettings) -> Iterator[Row]:
-    """Rows first to end, as far as they can be read; then raises RowError."""
-    (name,) = unit.names
+def _cells_of_file(
+    unit: Unit, first: int, end: int | None, settings: ReadSettings
+) -> Iterator[Cell | None]:
+    """Rows first to end, as far as they can be read; then raises RowError. None: not wanted."""
+    name = unit.files[0]
     fs, path = settings.source.fs, settings.source.path(name)
     file = None
     try:
@@ -69,11 +98,11 @@ def _rows_of_file(unit: Unit, first: int, end: int | None, settings: ReadSetting
             columns = dict.fromkeys(
                 [column, *(n for n in settings.kept.names if n in schema.names)]
             )
-            rows_of, most_rows = _rows_of_batch, TABLE_ROWS
+            cells_of, most_rows = _cells_of_batch, TABLE_ROWS
             if settings.uri_column is not None:
-                rows_of, most_rows = _rows_by_address, _MOST_ADDRESSES
+                cells_of, most_rows = _cells_by_address, _MOST_ADDRESSES
             for row, batch in _batches(parquet, list(columns), first, end, most_rows):
-                yield from rows_of(unit, row, batch, column, settings)
+                yield from cells_of(unit, row, batch, column, settings)
     except Exception as error:  # pyarrow's errors are of many classes
         raise blame(error, file) from error
 
@@ -101,35 +130,43 @@ def _batches(
             start += batch.num_rows
 
 
-def _rows_of_batch(
+def _cells_of_batch(
     unit: Unit, first: int, batch: pa.RecordBatch, column: str, settings: ReadSettings
-) -> Iterator[Row]:
-    (name,) = unit.names
+) -> Iterator[Cell | None]:
+    name, wanted = unit.files[0], unit.members
     images = batch.column(column)
     kept = kept_columns(batch, settings.kept)
     for i in range(batch.num_rows):
-        row = read_row(unit, name, str(first + i), lambda i=i: _image(images[i], name, settings))
-        yield row._replace(kept=kept.slice(i, 1))
+        row = Row(name, str(first + i), kept=kept.slice(i, 1))
+        if wanted is not None and row.member not in wanted:
+            yield None
+            continue
+        try:
+            yield Cell(row, io.BytesIO(_image(images[i], name, settings)))
+        except RowError as error:
+            yield Cell(row._replace(error=error))
 
 
-def _rows_by_address(
+def _cells_by_address(
     unit: Unit, first: int, batch: pa.RecordBatch, column: str, settings: ReadSettings
-) -> Iterator[Row]:
-    (name,) = unit.names
+) -> Iterator[Cell | None]:
+    name, wanted = unit.files[0], unit.members
     addresses = [(text or "").strip() for text in batch.column(column).to_pylist()]
     kept = kept_columns(batch, settings.kept)
     beside = settings.source.full_address(name)
     null = row_error(Reason.MISSING_IMAGE, "no address in its column")
 
-    def wanted() -> Iterator[tuple[int, str | None]]:
-        for i, address in enumerate(addresses):
-            asked = address and unit.wants(row_id(name, str(first + i)))
-            yield i, absolute(address, beside) if asked else None
+    def is_wanted(i: int) -> bool:
+        return wanted is None or str(first + i) in wanted
 
-    for i, fetched in Fetcher(settings.fetch, settings.max_bytes).fetch_all(wanted()):
+    def asked() -> Iterator[tuple[int, str | None]]:
+        for i, address in enumerate(addresses):
+            yield i, absolute(address, beside) if address and is_wanted(i) else None
+
+    for i, fetched in Fetcher(settings.fetch, settings.max_bytes).fetch_all(asked()):
+        row = Row(name, str(first + i), kept=kept.slice(i, 1))
         error = fetched.error if addresses[i] else null
-        row = Row(name, str(first + i), None, fetched.read(), error)
-        yield row._replace(kept=kept.slice(i, 1))
+        yield Cell(row._replace(error=error), fetched.file) if is_wanted(i) else None
 
 
 def kept_columns(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:

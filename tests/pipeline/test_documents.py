@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import documents, lease, storage
@@ -17,6 +19,7 @@ from schemas.rows import DOCUMENTS, Status
 from tests.documents import encrypted_pdf, pdf, tiff
 from tests.images import encode, page
 from tests.pipeline.fake_run import job_of, run
+from tests.pipeline.test_read import tar_of
 from tests.pipeline.test_retry import retry
 
 
@@ -163,6 +166,34 @@ def test_what_was_cut_short_is_done_by_the_next_run(ran, monkeypatch):
     write(source, output, markdown=True)
     assert len([name for name in files(output) if name.endswith(".md")]) == 18
     assert len(joined(output)) == 20
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_documents_inside_of_a_file_are_joined_by_their_member(tmp_path, kind):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    members = {
+        "a/b.pdf": pdf(["one", "two", "three"]),
+        "c.png": encode(page(0, (90, 120)), "PNG"),
+        "d.pdf": encrypted_pdf(),
+        "e.tif": tiff([page(i, (90, 120)) for i in range(2)]),
+    }
+    if kind == "tar":
+        (source / "x.tar").write_bytes(tar_of(members))
+    else:
+        pq.write_table(pa.table({"image": list(members.values())}), source / "x.parquet")
+    run(job_of(source, output))
+    write(source, output, markdown=True)
+    found = ds.dataset(output / "_vl01/documents", format="parquet").to_table().to_pylist()
+    names = list(members) if kind == "tar" else list("0123")
+    assert [(row["member"], row["page_count"], row["ok"], row["failed"]) for row in found] == [
+        (names[0], 3, 3, 0),
+        (names[2], None, 0, 1),
+        (names[3], 2, 2, 0),
+    ]
+    assert {row["source"] for row in found} == {f"{source}/x.{kind}"}
+    written = sorted(path.name for path in (output / f"_vl01/markdown/x.{kind}").iterdir())
+    assert written == [f"{name.replace('/', '%2F')}.md" for name in (names[0], names[3])]
 
 
 def test_documents_that_a_list_leads_to_are_joined_by_their_address(ran, tmp_path):

@@ -148,6 +148,33 @@ def test_pages_of_documents_are_counted_and_measured_without_rendering(tmp_path,
     check_against_a_run(told, job)
 
 
+def test_pages_of_documents_inside_of_files_are_counted_and_measured(tmp_path, job, monkeypatch):
+    """In a plan nothing is rendered: what comes of it is compared with a run's rows."""
+    documents = [
+        ("a.pdf", pdf(["x"] * 3, sizes={2: (842, 595)})),
+        ("b.png", good_images(1)[0][1]),
+        ("c.pdf", encrypted_pdf()),
+        ("d.tif", tiff([page(0, (300, 200)), page(1, (40, 900))])),
+        ("e.tif", tiff([page(0, (300, 200))])),
+        ("f.pdf", pdf(["x"] * 6)),
+        ("g.pdf", pdf(["x"])[:200]),
+    ]
+    folder = tmp_path / "source"
+    folder.mkdir()
+    write_tar(folder / "x.tar", documents)
+    write_parquet(folder / "y.parquet", documents, group_rows=2)
+    job = job.model_copy(update={"max_pages": 5, "unit_rows": 2})
+    told = plan(job)
+    assert told.rows["tar"].rows == 3 + 1 + 1 + 2 + 1 + 1 + 1
+    assert told.rows["parquet"].rows == 3 + 1 + 1 + 2 + 1 + 1 + 1
+    check_against_a_run(told, job)
+    write_parquet(folder / "y.parquet", [documents[0], documents[1]] * 40, group_rows=2)
+    monkeypatch.setattr(sample, "HEADERS", 16)
+    monkeypatch.setattr(sample, "_PLACES", dict.fromkeys(UnitKind, 4))
+    told = plan(job)
+    assert (told.rows["parquet"].rows, told.rows["parquet"].rows_known) == (160, False)
+
+
 def test_many_pages_are_told_from_a_sample_of_each_document(tmp_path, job, monkeypatch):
     monkeypatch.setattr(sample, "HEADERS", 40)
     documents = [(f"{i}.pdf", pdf(["x"] * 30 * (i + 1))) for i in range(4)]
@@ -171,7 +198,7 @@ def test_addresses_are_all_counted_and_few_of_them_fetched(tmp_path, job, monkey
         assert told.exact
         assert told.rows["list"].rows == 70
         assert told.reasons == {"not_found": 10}
-        monkeypatch.setattr(sample, "_CLUSTERS", dict.fromkeys(UnitKind, 14))
+        monkeypatch.setattr(sample, "_PLACES", dict.fromkeys(UnitKind, 14))
         site.asked.clear()
         told = plan(job)
     assert not told.exact
@@ -223,7 +250,7 @@ def test_a_sample_says_so_and_is_near_and_the_same_each_time(tmp_path, job, monk
     whole = plan(job)
     monkeypatch.setattr(sample, "HEADERS", 48)
     most = dict.fromkeys(UnitKind, 48) | {UnitKind.TAR: 6, UnitKind.PARQUET: 12}
-    monkeypatch.setattr(sample, "_CLUSTERS", most)
+    monkeypatch.setattr(sample, "_PLACES", most)
     told = plan(job)
     assert whole.exact
     assert not told.exact

@@ -176,13 +176,13 @@ def test_a_retry_fetches_the_rows_it_is_for_and_no_others(tmp_path, site, kind):
     else:
         pq.write_table(pa.table({"link": urls}), path)
     keys = {"uri_column": "link"} if kind == "parquet" else {}
-    failed = frozenset(row["row_id"] for row in read(path, **keys) if row["reason"])
+    failed = {row["row_id"]: row["member"] for row in read(path, **keys) if row["reason"]}
     assert len(failed) == 2
     site.files |= {"/c.jpg": b"C", "/d.jpg": b"D"}
     site.asked.clear()
     job = job_for(path, **keys)
     (unit,) = plan_of(job).units()
-    again = replace(unit, only=failed)
+    again = replace(unit.narrowed(failed.values()), only=frozenset(failed))
     tables = read_unit(again, settings_of(job))
     assert [row["data"] for row in pa.concat_tables(tables).to_pylist()] == [b"C", b"D"]
     assert sorted(path for path, _ in site.asked) == ["/c.jpg", "/d.jpg"]

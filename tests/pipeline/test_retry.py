@@ -229,15 +229,19 @@ def test_the_rows_behind_the_cut_of_a_tar_come_when_it_is_whole(tmp_path):
     assert found.rows == 5
 
 
-def test_a_tar_that_lost_the_member_keeps_its_failed_row(tmp_path):
+def test_a_member_that_a_tar_has_lost_is_a_failed_row_that_says_so(tmp_path):
     source, output = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     (source / "a.tar").write_bytes(tar_of({"a.jpg": b"a", "b.jpg": b"x" * 1001}))
     run(job_of(source, output, max_bytes=1000))
     before = rows(output)
     tarfile.open(source / "a.tar", "w").close()
-    assert retry(source, output).rows == {"failed": 1}
-    assert rows(output) == before
+    assert retry(source, output).reasons == {"not_found": 1}
+    after = rows(output)
+    lost = row_id("a.tar", "b.jpg")
+    assert after.pop(lost)["reason"] == "not_found"
+    assert before.pop(lost)["reason"] == "too_many_bytes"
+    assert after == before
 
 
 # Which of two outcomes stays

@@ -30,7 +30,7 @@ def outcomes(addresses, **options) -> list:
     found = fetcher(**options).fetch_all(enumerate(addresses))
     places, fetched = zip(*found, strict=True)
     assert list(places) == list(range(len(addresses)))
-    return [what.read() if what.error is None else what.error.reason.value for what in fetched]
+    return [what.file.read() if what.file else what.error.reason.value for what in fetched]
 
 
 def test_files_come_in_the_order_asked_for_whatever_each_takes(tmp_path):
@@ -89,7 +89,9 @@ def test_files_that_wait_for_their_turn_do_not_fill_the_memory(tmp_path):
     addresses = [f"{tmp_path}/big"] * 40
     tracemalloc.start()
     for _, found in fetcher().fetch_all(enumerate(addresses)):
-        assert len(found.read() or b"") == 16 * 2**20
+        assert found.file
+        with found.file as file:
+            assert len(file.read()) == 16 * 2**20
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 160e6  # blocks of 2 MB for 32 files, one file, and the file before it
