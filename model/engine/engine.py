@@ -123,14 +123,18 @@ class Engine:
     def step(self) -> list[Result]:
         """Schedule and run microbatches until the ranks are full; record the oldest.
 
-        Returns the requests that it finished; none, at once, when there is nothing to do. When the
-        GPU of a single rank runs out of memory, all start over in microbatches of half the size.
+        Returns the requests that it finished; none, at once, when there is nothing to do. When a
+        GPU runs out of memory, all requests start over in microbatches of half the size; raises
+        OutOfMemoryError when those are the smallest.
         """
         try:
             return self._advance()
         except OutOfMemoryError as error:
-            if isinstance(self._ranks, RankProcesses) or self._chunk_tokens < 4 * BLOCK_TOKENS:
-                raise
+            if self._chunk_tokens < 4 * BLOCK_TOKENS:
+                raise OutOfMemoryError(
+                    f"{error}; microbatches of {self._chunk_tokens} tokens cannot be halved again: "
+                    "use more ranks or a smaller cache_bytes"
+                ) from error
             shortage = str(error)  # without its frames, which hold what is to be freed
         self._start_over(shortage)
         return []
@@ -196,7 +200,6 @@ class Engine:
             self._chunk_tokens // 2,
             self._chunk_tokens,
         )
-        assert isinstance(self._ranks, RankInProcess)
         self._ranks.forget()
         unfinished = [live.request for live in self._live.values()]
         self._statistics = self.statistics
@@ -258,7 +261,7 @@ class Engine:
             if (tiles := live.tiles_to_send) is not None:
                 assert live.request.image_size is not None
                 images.append(Image(segment.sequence, tiles, live.request.image_size))
-                live.sent_tiles(keep=isinstance(self._ranks, RankInProcess))
+                live.tiles_to_send = None
         return images
 
     def _microbatch(self, plan: Plan) -> Microbatch:

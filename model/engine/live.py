@@ -1,6 +1,6 @@
 """One unfinished request as the engine sees it: what was asked, what is written, what may come."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from schemas.requests import FinishReason, Request, Result
 
 @dataclass
 class Live:
-    """tiles_to_send: of the request's image, None without one and once the first rank has them."""
+    """tiles_to_send: of the request's image, None without one and once the first rank has them.
+    The request keeps them, for an engine that starts over."""
 
     request: Request
     answer: Answer
@@ -23,12 +24,6 @@ class Live:
 
     def __post_init__(self) -> None:
         self.tiles_to_send = self.request.tiles
-
-    def sent_tiles(self, *, keep: bool) -> None:
-        """`keep` them in the request, for an engine that may start over."""
-        self.tiles_to_send = None
-        if not keep:
-            self.request = replace(self.request, tiles=None)
 
     def token_ids(self, segment: Segment) -> np.ndarray:
         if segment.context < len(self.request.token_ids):

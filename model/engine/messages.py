@@ -2,7 +2,8 @@
 
 Besides these: Image, Microbatch, Masks and Sampled.
 A rank first gets a Start and answers with its Room; it then gets the Capacity and answers Ready.
-Busy comes now and then, between all others.
+Busy comes now and then, between all others. A rank without memory says OutOfMemory; upon that all
+get a Forget and answer Forgotten.
 """
 
 from dataclasses import dataclass
@@ -36,6 +37,23 @@ class Busy:
     """How long the rank has computed since it was ready, in seconds."""
 
     seconds: float
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """The rank could not compute a microbatch, and computes none of those after it till Forget."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Forget:
+    """All sequences. What was sent before is in flight; what follows is new."""
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """The rank has passed on all that was in flight, computed or not, and forgotten all."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from model.engine.config import EngineConfig
-from model.engine.messages import Busy, Failed, Start
+from model.engine.messages import Busy, Failed, OutOfMemory, Start
 from model.engine.rank_host import RankHost
 from model.engine.transport import MeetingPoint
 from schemas.errors import ConfigError
@@ -22,10 +22,11 @@ class RankProcess:
     ) -> None:
         self.inbox: deque[Any] = deque()
         self.busy_seconds = 0.0  # that it computed, as far as it has told
+        self.shortage: str | None = None  # why it computes nothing until it has forgotten all
         self.failure: Failed | ConfigError | None = None
         self.failed_at: float | None = None
         self.ended = False
-        self._name = f"rank {rank} of {config.ranks}"
+        self.name = f"rank {rank} of {config.ranks}"
         self._exit_code: int | None = None
         self._channel, self._process = host.start()
         log_level = logging.getLogger(__name__).getEffectiveLevel()
@@ -62,6 +63,8 @@ class RankProcess:
             self.busy_seconds = message.seconds
         elif isinstance(message, Failed | ConfigError):
             self.failure, self.failed_at = message, time.monotonic()
+        elif isinstance(message, OutOfMemory):
+            self.shortage = message.message
         else:
             self.inbox.append(message)
 
@@ -72,7 +75,7 @@ class RankProcess:
         if self.killed:
             how = f"was killed by {signal.Signals(-(code or 0)).name}"
         detail = f":\n{self.failure.traceback}" if isinstance(self.failure, Failed) else ""
-        return f"{self._name} ({self._process.name}) {how}{detail}"
+        return f"{self.name} ({self._process.name}) {how}{detail}"
 
     def hang_up(self) -> None:
         """Close the channel, upon which the process ends itself."""

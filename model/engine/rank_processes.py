@@ -9,12 +9,13 @@ from typing import Any, NoReturn
 
 from model.engine.config import EngineConfig
 from model.engine.memory import share_out
+from model.engine.messages import Forget, Forgotten
 from model.engine.microbatch import Image, Microbatch, Sampled
 from model.engine.rank_host import Hosts, RankHost, ThisHost
 from model.engine.rank_process import RankProcess
 from model.engine.sampling import Masks
 from model.engine.transport import MeetingPoint, meeting_store
-from schemas.errors import ConfigError, EngineError
+from schemas.errors import ConfigError, EngineError, OutOfMemoryError
 
 _SECONDS_TO_END = 5.0  # what a rank gets to end by itself before it is killed
 _SECONDS_TO_EXPLAIN = 2.0  # after a failure: for those it takes along, so that all are named
@@ -25,9 +26,9 @@ class RankProcesses:
 
     hosts: None starts them on this machine, rank r with GPU r.
     Takes microbatches with `submit` and hands back their tokens with `receive`, in order.
-    `receive` raises EngineError once a rank has failed or died, with its exit code and traceback,
-    or the ranks are closed. So does the start, with ConfigError when a rank found the checkpoint
-    or the memory wanting.
+    Both it and `forget` raise EngineError once a rank has failed or died, with its exit code and
+    traceback, or the ranks are closed. So does the start, with ConfigError when a rank found the
+    checkpoint or the memory wanting.
     """
 
     def __init__(self, config: EngineConfig, hosts: Hosts | None = None) -> None:
@@ -67,8 +68,29 @@ class RankProcesses:
         self._ranks[-1].tell(masks)
 
     def receive(self) -> Sampled:
-        """The tokens of the oldest microbatch that was submitted and not received."""
-        return self._hear(self._ranks[-1])
+        """The tokens of the oldest microbatch that was submitted and not received.
+
+        Raises OutOfMemoryError when a rank had too little memory to compute it or one after it;
+        then `forget` is next.
+        """
+        last = self._ranks[-1]
+        while True:
+            for rank in self._ranks:
+                if rank.shortage:
+                    raise OutOfMemoryError(f"{rank.name} is out of memory: {rank.shortage}")
+            if last.inbox and not self._error:
+                return last.inbox.popleft()
+            self._listen()
+
+    def forget(self) -> None:
+        """All sequences and what was submitted of them; the weights stay."""
+        for rank in self._ranks:
+            rank.tell(Forget())
+        for rank in self._ranks:
+            while not isinstance(self._hear(rank), Forgotten):
+                pass  # tokens of before
+        for rank in self._ranks:
+            rank.shortage = None  # also of those that ran out of memory meanwhile
 
     def close(self) -> None:
         """End all ranks: they end when their channels close, and are killed if they do not."""
@@ -90,15 +112,19 @@ class RankProcesses:
             self._ranks.append(RankProcess(config, rank, host, meeting_point))
 
     def _hear(self, rank: RankProcess) -> Any:
-        """The next message of one rank. Listens to all: the end of any of them is a failure."""
+        """The next message of one rank."""
+        while not rank.inbox:
+            self._listen()
+        return rank.inbox.popleft()
+
+    def _listen(self) -> None:
+        """Wait until any rank has said something. The end of any of them is a failure."""
         if self._error:
             raise self._error
-        while not rank.inbox:
-            for speaking in _speaking(self._ranks):
-                speaking.listen()
-            if any(rank.failed_at for rank in self._ranks):
-                self._fail()
-        return rank.inbox.popleft()
+        for speaking in _speaking(self._ranks):
+            speaking.listen()
+        if any(rank.failed_at for rank in self._ranks):
+            self._fail()
 
     def _fail(self) -> NoReturn:
         """Hear out the ranks that are ending, end the others, and raise what happened."""

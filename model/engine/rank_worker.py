@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -18,16 +17,14 @@ from typing import Any
 
 import torch
 
-from model.engine.busy import BusyClock
 from model.engine.memory import Capacity
-from model.engine.messages import Busy, Failed, Ready, Start
-from model.engine.microbatch import Image, Microbatch
+from model.engine.messages import Failed, Ready, Start
 from model.engine.rank import Rank
+from model.engine.rank_loop import RankLoop
 from model.engine.transport import Transport
 from schemas.errors import ConfigError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_SECONDS_BETWEEN = 1.0  # two messages that say how busy this rank is
 
 
 def main() -> None:
@@ -66,7 +63,6 @@ def _inbox(channel: Connection) -> Callable[[], Any]:
     return messages.get
 
 
-@torch.inference_mode()
 def _serve(channel: Connection, next_message: Callable[[], Any]) -> None:
     start: Start = next_message()
     logging.basicConfig(level=start.log_level, format="%(asctime)s %(name)s: %(message)s")
@@ -79,43 +75,7 @@ def _serve(channel: Connection, next_message: Callable[[], Any]) -> None:
     capacity: Capacity = next_message()
     rank.allocate(capacity)
     channel.send(Ready())
-    clock, told = BusyClock(device), time.monotonic()
-    while True:
-        message = next_message()
-        if isinstance(message, Image):
-            with clock.computing():
-                rank.take_image(message)
-        else:
-            _compute(rank, message, transport, channel, next_message, clock)
-        if time.monotonic() - told > _SECONDS_BETWEEN:
-            channel.send(Busy(clock.seconds))
-            told = time.monotonic()
-
-
-def _compute(
-    rank: Rank,
-    microbatch: Microbatch,
-    transport: Transport,
-    channel: Connection,
-    next_message: Callable[[], Any],
-    clock: BusyClock,
-) -> None:
-    plan, decoder = microbatch.plan, rank.decoder
-    rank.swap(plan)
-    if not decoder.is_first:
-        received = transport.receive(plan.tokens, decoder.config.text.hidden_size, rank.dtype)
-    with clock.computing():
-        hidden_TD = rank.embed(microbatch) if decoder.is_first else received
-        hidden_TD = rank.forward(hidden_TD, plan)
-        scored = rank.score(hidden_TD, microbatch) if decoder.is_last else None
-    if scored:
-        # They are the next message, and were computed on the way of the microbatch through ranks.
-        masks = next_message() if microbatch.constrained else None
-        with clock.computing():
-            sampled = rank.sample(scored, masks)
-        channel.send(sampled.wait())
-    else:
-        transport.send(hidden_TD)
+    RankLoop(rank, transport, next_message, channel.send).run()
 
 
 if __name__ == "__main__":

@@ -44,12 +44,12 @@ class Transport:
             timeout=_PATIENCE,
         )
         self._rank = rank
-        self._device = device
+        self.device = device
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
 
     def receive(self, tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
         """The next hidden_TD of the rank before."""
-        hidden_TD = torch.empty(tokens, hidden_size, dtype=dtype, device=self._device)
+        hidden_TD = torch.empty(tokens, hidden_size, dtype=dtype, device=self.device)
         dist.recv(hidden_TD, src=self._rank - 1)
         return hidden_TD
 
