@@ -52,7 +52,7 @@ def open_model(job: Job) -> Model:
         tokenizer = Tokenizer.from_checkpoint(folder)
     except EngineError as error:  # the storage is out of reach
         raise ConfigError(str(error)) from error
-    layer_spans(config.text.num_layers, job.pp)
+    layer_spans(config, job.pp)
     if json_schema := job.sampling().json_schema:
         check_schema(json_schema)
     return Model(config, tokenizer.prompt_template(job.prompt, job.system))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from model.config import TextConfig, VL01Config
+from model.engine.cost import attention_weights, expert_weights
 from schemas.requests import Request, Sampling
 
 
@@ -49,9 +50,8 @@ def flops(text: TextConfig, workload: Workload) -> float:
 
 def flops_per_token(text: TextConfig) -> float:
     """Of one token through all layers, without the head."""
-    expert = 3 * text.intermediate_size * text.hidden_size
-    moe = text.experts_per_token * expert + text.num_experts * text.hidden_size
-    return 2 * sum(_attention_weights(text, kind) + moe for kind in text.layer_types)
+    moe = text.experts_per_token * expert_weights(text) + text.num_experts * text.hidden_size
+    return 2 * sum(attention_weights(text, kind) + moe for kind in text.layer_types)
 
 
 def step_bytes(text: TextConfig, sequences: int, context: int, weight_bytes: int) -> float:
@@ -60,16 +60,9 @@ def step_bytes(text: TextConfig, sequences: int, context: int, weight_bytes: int
     lightning = text.layer_types.count("lightning")
     softmax = text.layer_types.count("softmax")
     experts = min(text.num_experts, sequences * text.experts_per_token)
-    expert = 3 * text.intermediate_size * text.hidden_size
-    weights = sum(_attention_weights(text, kind) + experts * expert for kind in text.layer_types)
+    expert = expert_weights(text)
+    weights = sum(attention_weights(text, kind) + experts * expert for kind in text.layer_types)
     state = lightning * 2 * 4 * text.num_heads * text.head_dim**2
     cache = softmax * 2 * 2 * text.num_kv_heads * text.head_dim * context
     head = 2 * text.vocab_size * text.hidden_size
     return weight_bytes * weights + head + sequences * (state + cache)
-
-
-def _attention_weights(text: TextConfig, kind: str) -> int:
-    width, kv_width = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    # qkv, output gate and output projection; q, k and v, and output projection.
-    rows = 5 * width if kind == "lightning" else 2 * width + 2 * kv_width
-    return rows * text.hidden_size

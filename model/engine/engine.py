@@ -66,7 +66,7 @@ class Engine:
     def __init__(self, config: EngineConfig, hosts: Hosts | None = None) -> None:
         self._model = load_config(config.checkpoint)
         self._tokenizer = Tokenizer.from_checkpoint(config.checkpoint)
-        layer_spans(self._model.text.num_layers, config.ranks)
+        layer_spans(self._model, config.ranks)
         if hosts is None:
             config.check_devices()
         self._ranks = RankInProcess(config) if config.ranks == 1 else RankProcesses(config, hosts)

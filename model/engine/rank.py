@@ -170,7 +170,7 @@ class Rank:
 
 def _load(config: EngineConfig, rank: int, device: torch.device) -> Decoder:
     model = load_config(config.checkpoint)
-    span = layer_spans(model.text.num_layers, config.ranks)[rank]
+    span = layer_spans(model, config.ranks)[rank]
     who = f"rank {rank} of {config.ranks}"
     logger.info("%s: loading layers %d to %d on %s", who, span.start, span.stop - 1, device)
     started = time.monotonic()

@@ -1,18 +1,15 @@
 """Whether a replica fits its GPUs, and how many sequences then run at once. Asks no GPU."""
 
 from dataclasses import dataclass
-from math import prod
-
-import torch
 
 from model.config import TextConfig, VL01Config
 from model.engine.config import EngineConfig
+from model.engine.cost import weight_bytes
 from model.engine.memory import Capacity, Room, share_out
 from model.engine.ranks import layer_spans
 from model.engine.sequence import blocks_for
 from model.layers.memory import block_bytes, slot_bytes
 from model.layers.ragged import BLOCK_TOKENS
-from model.weights.names import checkpoint_tensors
 from pipeline.model import model_folder
 from schemas.errors import ConfigError
 from schemas.estimate import MemoryEstimate
@@ -73,27 +70,17 @@ class _Rank:
 
 
 def _ranks(model: VL01Config, engine: EngineConfig, count: int) -> list[_Rank]:
-    spans = layer_spans(model.text.num_layers, count)
-    dtype = engine.torch_dtype
+    spans = layer_spans(model, count)
+    dtype, int8 = engine.torch_dtype, engine.quantization != "none"
     return [
         _Rank(
-            weights=_weight_bytes(model, span, engine.quantization != "none", dtype),
+            weights=weight_bytes(model, span, int8=int8, itemsize=dtype.itemsize),
             reserve=_reserve(model.text, engine, is_last=span is spans[-1]),
             slot=slot_bytes(model.text, span),
             block=block_bytes(model.text, span, dtype),
         )
         for span in spans
     ]
-
-
-def _weight_bytes(model: VL01Config, span: range, int8: bool, dtype: torch.dtype) -> int:
-    total = 0
-    for entry in checkpoint_tensors(model, span):
-        if entry.quantized and int8:
-            total += prod(entry.shape) + entry.shape[0] * torch.bfloat16.itemsize  # and the scales
-        else:
-            total += prod(entry.shape) * dtype.itemsize
-    return total
 
 
 def _reserve(text: TextConfig, engine: EngineConfig, is_last: bool) -> int:

@@ -471,7 +471,7 @@ def test_the_released_model_fits_the_gpus_it_is_known_to_fit(job, released):
     assert on_eight.token == 2 * 4 * 1024
     assert 128 <= on_eight.sequences <= 256
     assert memory(4, 131).weights / GIB == pytest.approx(106 + 2.3, abs=2)
-    with pytest.raises(ConfigError, match=r"--pp 4 a rank has 10\d\.\d GiB.*--pp 7 would do"):
+    with pytest.raises(ConfigError, match=r"--pp 4 a rank has 10\d\.\d GiB.*--pp 6 would do"):
         memory(4, 80)
     with pytest.raises(ConfigError, match="larger GPUs"):
         memory(4, 4)
