@@ -108,13 +108,17 @@ of reach, a time limit that was too short. Only these rows are read and
 computed; the other rows stay as they are. A row that was answered is never
 replaced by a failure; the column attempts counts all tries.
 
-The job is the one that wrote OUT. Only where and how fast it runs may be
-given anew. Stopped, the same command goes on.
+The job is the one that wrote OUT. Where and how fast it runs may be given
+anew. So may --max-new-tokens, --temperature, --top-p and --seed, for an
+answer that was cut or broken: asked the same, it answers the same. Rows that
+were answered so say it in the column message. Stopped, the same command goes
+on.
 
 [bold]Examples[/bold]
   vl01 retry captions
   vl01 retry captions --reason timeout --decode-seconds 120
-  vl01 retry captions --status truncated --status failed --pp 4
+  vl01 retry captions --status truncated --max-new-tokens 1024 --pp 4
+  vl01 retry fields --status invalid --temperature 0.4
 
 [bold]Exit codes[/bold]
   0  done, also if rows failed once more
@@ -206,11 +210,13 @@ def _retry(
     from pipeline.retry import Choice, retry, stored_job
 
     output = absolute_address(output, Path.cwd())
-    job = job_of_retry(
+    job, changed = job_of_retry(
         stored_job(output, endpoint_url), output, changes | {"endpoint_url": endpoint_url}
     )
+    if not changed and {Status.TRUNCATED, Status.INVALID} & {*status}:
+        show.asked_the_same(job)
     with _resumable():
-        summary = retry(job, Choice(frozenset(status), frozenset(reason)))
+        summary = retry(job, Choice(frozenset(status), frozenset(reason)), changed)
     show.retry(summary)
     if summary.units:
         report_after_run(job, summary.planned_units)

@@ -20,7 +20,7 @@ from jobs import caption, extract, ocr
 from jobs.extract import is_content
 from jobs.task import Task
 from schemas.errors import ConfigError
-from schemas.job import KEYS, Job
+from schemas.job import KEYS, RETRY_MAY_CHANGE, Job
 
 TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK, ocr.TASK, extract.TASK)}
 
@@ -57,13 +57,19 @@ def job_from_file(path: str | Path) -> Job:
         raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
 
 
-def job_of_retry(stored: Mapping[str, Any], output: str, changes: Mapping[str, str | None]) -> Job:
-    """The job of an output, as job.json keeps it, with what a retry changes of it.
+def job_of_retry(
+    stored: Mapping[str, Any], output: str, changes: Mapping[str, str | None]
+) -> tuple[Job, dict[str, Any]]:
+    """The job of an output, as job.json keeps it, with what a retry changes of where and how fast
+    it runs; and those of RETRY_MAY_CHANGE that are others for the rows of this retry.
 
     Raises ConfigError, which names the flags.
     """
     given = {key: value for key, value in changes.items() if value is not None}
-    return _make_job({**stored, **given, "output": output}, Path.cwd(), flag)
+    asked = _make_job({**stored, **given, "output": output}, Path.cwd(), flag)
+    was = {key: stored[key] for key in RETRY_MAY_CHANGE}
+    changed = {key: getattr(asked, key) for key in was if getattr(asked, key) != was[key]}
+    return asked.model_copy(update=was), changed
 
 
 def flag(key: str) -> str:

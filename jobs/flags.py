@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from jobs.config import TASKS, flag
 from jobs.task import Task
-from schemas.job import KEYS, WHERE_AND_HOW_FAST
+from schemas.job import KEYS, RETRY_MAY_CHANGE, WHERE_AND_HOW_FAST
 
 # For the commands that know an output and no job.
 EndpointUrl = Annotated[
@@ -75,10 +75,11 @@ def with_flags(task: Task, command: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_changes(command: Callable[..., None]) -> Callable[..., None]:
-    """The same with a flag for every key that says where and how fast, and None for what is not
-    given: as it was in the run before."""
+    """The same with a flag for every key that a retry may change, and None for what is not given:
+    as it was in the run before."""
     given = {*inspect.signature(command).parameters, *_NOT_OF_RETRIES}
-    fields = {k: f for k, f in KEYS.items() if k in WHERE_AND_HOW_FAST - given}
+    allowed = {*WHERE_AND_HOW_FAST, *RETRY_MAY_CHANGE} - given
+    fields = {k: f for k, f in KEYS.items() if k in allowed}
     return with_parameters(command, [_change(key, field) for key, field in fields.items()])
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from schemas.job import Job
 from schemas.ledger import Growth
 from schemas.report import Summary
 
@@ -75,6 +76,16 @@ def retry(result: "RetrySummary") -> None:
             "now": f"{now}{added}: {_counts(result.rows)}",
             "reasons": _counts(result.reasons),
         }
+    )
+
+
+def asked_the_same(job: Job) -> None:
+    """That rows with an answer will be answered as before."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(
+        "Rows that have an answer are asked the same again, and answer the same unless their"
+        f" images changed. --max-new-tokens (was {job.max_new_tokens}), --temperature"
+        f" ({job.temperature:g}), --top-p ({job.top_p:g}) or --seed ({job.seed}) asks otherwise."
     )
 
 

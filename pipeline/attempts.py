@@ -9,21 +9,12 @@ from itertools import islice
 from typing import Any
 
 from model.inputs.turning import Turner
-from schemas.errors import Reason, RowError
-from schemas.ladder import Cause, Step
+from schemas.errors import RowError
+from schemas.ladder import CAUSES, Cause, Step, is_empty, merit
 from schemas.requests import Request, Result
 
 # Columns of an answer, its `reason` among them when something is wrong with it.
 Judge = Callable[[Result], Mapping[str, Any]]
-
-_CAUSES: Mapping[str | None, Cause] = {
-    Reason.REPETITION: Cause.REPETITION,
-    Reason.MAX_NEW_TOKENS: Cause.MAX_NEW_TOKENS,
-    Reason.INVALID_JSON: Cause.INVALID,
-    Reason.SCHEMA_MISMATCH: Cause.INVALID,
-}
-# From worst to best: an answer that ended by itself counts more than any that was cut.
-_MERIT = (Cause.REPETITION, Cause.MAX_NEW_TOKENS, Cause.INVALID, None)
 
 
 @dataclass(frozen=True)
@@ -45,16 +36,12 @@ class Attempt:
     columns: Mapping[str, Any]
 
     @property
-    def cause(self) -> Cause | None:
-        """What is wrong with how it ended."""
-        return _CAUSES.get(self.columns.get("reason"))
-
-    @property
     def empty(self) -> bool:
-        return self.cause is None and not any(map(str.isalnum, self.result.text))
+        return is_empty(self.columns.get("reason"), self.result.text)
 
     def causes(self, step: Step) -> set[Cause]:
-        found = {self.cause} if self.cause else set()
+        cause = CAUSES.get(self.columns.get("reason"))
+        found = {cause} if cause else set()
         if self.empty:
             found.add(Cause.EMPTY)
         if self.result.mean_logprob < step.unsure_below:
@@ -74,9 +61,7 @@ class Attempt:
 
     @property
     def _merit(self) -> tuple[int, int]:
-        """Of two that were cut at their limit, the one with the higher limit is worth more."""
-        cut = self.cause == Cause.MAX_NEW_TOKENS
-        return _MERIT.index(self.cause), self.request.sampling.max_new_tokens if cut else 0
+        return merit(self.columns.get("reason"), self.request.sampling.max_new_tokens)
 
 
 @dataclass

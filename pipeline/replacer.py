@@ -4,7 +4,9 @@ Decides which of two outcomes of a row stays. Which rows are done again is for r
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +15,9 @@ from pipeline.commit import Committer
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.plan import row_id, units_of
+from schemas.ladder import is_empty, merit
 from schemas.ledger import Unit, Work
 from schemas.rows import OUTPUT, Status
-
-_VALUE = {Status.FAILED: 0, Status.INVALID: 1, Status.TRUNCATED: 2, Status.OK: 3}
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,18 @@ class RetrySummary:
 class Replacer(Committer):
     """Merges the rows of a retry into the parts of their units, and counts what became of them."""
 
-    def __init__(self, ledger: Ledger, lease: Lease, units: pa.Table) -> None:
-        """units: those that are done again, in the RETRY_PLAN schema."""
+    def __init__(
+        self,
+        ledger: Ledger,
+        lease: Lease,
+        units: pa.Table,
+        changed: Mapping[str, float] | None = None,
+    ) -> None:
+        """units: those that are done again, in the RETRY_PLAN schema. changed: the keys of the job
+        that are others now; each row that is answered so says it in its message."""
         super().__init__(ledger, lease)
+        values = ", ".join(f"{key} {value:g}" for key, value in (changed or {}).items())
+        self._note = f"asked again with {values}" if values else ""
         self._units = {unit.number: unit for unit in units_of(units)}
         self._done = np.ones_like(ledger.committed())
         self._done[list(self._units)] = False
@@ -71,6 +81,8 @@ class Replacer(Committer):
 
     def _commit(self, unit: int, rows: pa.Table) -> Work:
         record, work = self.ledger.record(unit), self._work(rows)
+        if self._note:
+            rows = with_note(rows, self._note)
         old = self.old_rows(record)
         merged = merge(old, rows, self._units[unit], self.ledger.kept.names)
         if not merged.equals(old):
@@ -95,14 +107,14 @@ def merge(old: pa.Table, new: pa.Table, unit: Unit, kept: list[str]) -> pa.Table
     """The part of a unit after a retry. All in the OUTPUT schema with the
     columns carried over from the source, which are named `kept`.
 
-    A row that the unit wants is replaced by the new one unless that is worse (failed < invalid <
-    truncated < ok), and has the attempts of both; a failed one keeps its kept columns. Rows that
-    did not come, or were not wanted, stay. Where a row stood for unknown ones, those that came
+    A row that the unit wants is replaced by the new one unless that is worse, and has the attempts
+    of both; a failed one keeps its kept columns. Rows that did not come, or were not wanted, stay.
+    Where a row stood for unknown ones, those that came
     follow the known ones, and it stays only if it came again.
     """
     both = pa.concat_tables([old, new])
-    status, attempts = both["status"].to_pylist(), both["attempts"].to_pylist()
-    ids = both["row_id"].to_pylist()
+    judged = both.select(["status", "reason", "text", "output_tokens"]).to_pylist()
+    attempts, ids = both["attempts"].to_pylist(), both["row_id"].to_pylist()
     known, came = ids[: old.num_rows], {row: i for i, row in enumerate(ids) if i >= old.num_rows}
     missing = stand_ins(unit) if unit.only is None else frozenset()
 
@@ -111,8 +123,8 @@ def merge(old: pa.Table, new: pa.Table, unit: Unit, kept: list[str]) -> pa.Table
         if row in missing and unit.wants(row) and row not in came:
             continue
         n = came[row] if row in came and unit.wants(row) else i
-        takes.append(n if _VALUE[status[n]] >= _VALUE[status[i]] else i)
-        keeps.append(i if status[n] == Status.FAILED else takes[-1])
+        takes.append(i if _is_worse(judged[n], judged[i]) else n)
+        keeps.append(i if judged[n]["status"] == Status.FAILED else takes[-1])
         tries.append(attempts[i] if n == i else (attempts[i] or 0) + (attempts[n] or 0))
     if missing:
         found = sorted(came[row] for row in came.keys() - set(known) - _vanished(unit, set(known)))
@@ -125,6 +137,27 @@ def merge(old: pa.Table, new: pa.Table, unit: Unit, kept: list[str]) -> pa.Table
     place = merged.column_names.index("attempts")
     merged = merged.set_column(place, OUTPUT.field("attempts"), pa.array(tries, pa.int32()))
     return merged.cast(both.schema)
+
+
+def _is_worse(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Of OUTPUT rows: a failure than any answer, an answer as the ladder judges it."""
+    if old["status"] == Status.FAILED or new["status"] == Status.FAILED:
+        return old["status"] != Status.FAILED
+    if is_empty(new["reason"], new["text"] or ""):  # what is done again was not
+        return True
+    found, had = (merit(row["reason"], row["output_tokens"] or 0) for row in (new, old))
+    return found < had
+
+
+def with_note(rows: pa.Table, note: str) -> pa.Table:
+    """OUTPUT rows, of which those that the model answered say so in their message."""
+    answered, messages = rows["finish_reason"].to_pylist(), rows["message"].to_pylist()
+    noted = [
+        "; ".join(filter(None, (message, note))) if finish else message
+        for finish, message in zip(answered, messages, strict=True)
+    ]
+    place = rows.column_names.index("message")
+    return rows.set_column(place, OUTPUT.field("message"), pa.array(noted, pa.string()))
 
 
 def stand_ins(unit: Unit) -> frozenset[str]:

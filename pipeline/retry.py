@@ -4,9 +4,10 @@ The flow is run.py's; what becomes of the rows that come out is for replacer.py.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -59,15 +60,19 @@ def stored_job(output: str, endpoint_url: str | None = None) -> dict[str, Any]:
     return ledger.job["job"]
 
 
-def retry(job: Job, choice: Choice) -> RetrySummary:
-    """Does the chosen rows of the committed units again.
+def retry(
+    job: Job, choice: Choice, changed: Mapping[str, float] = MappingProxyType({})
+) -> RetrySummary:
+    """Does the chosen rows of the committed units again. changed: keys of RETRY_MAY_CHANGE, with
+    what they are for these rows; the dataset's job stays as it is.
 
     A row is replaced by what came out of it now, unless that is worse. What was replaced before
     the retry ended early stays; the same call does the rest, and what failed once more again.
     Raises what `run` does.
     """
     started = time.monotonic()
-    job = job.model_copy(update={"max_failure_rate": 1.0})  # they are known to fail
+    # They are known to fail.
+    asked = job.model_copy(update={**changed, "max_failure_rate": 1.0})
     model = open_model(job)
     source = open_source(job.source, job.endpoint_url)
     read = read_settings(job, source, model.page_settings(job))
@@ -79,13 +84,13 @@ def retry(job: Job, choice: Choice) -> RetrySummary:
         ledger.resume(job.fingerprint(model_revision(job)))
         ledger.clean_up()
         pending = chosen(ledger, choice)
-        replacer = Replacer(ledger, lease, pending)
+        replacer = Replacer(ledger, lease, pending, changed)
         if pending.num_rows:
             progress.start(pending.num_rows, "starting Ray, loading the model, doing rows again")
             read = replace(read, kept=ledger.kept)
-            tally = Tally(progress, "retry")
+            tally = Tally(progress, "retry", changed)
             with tally.recorded(ledger, lease.run):
-                work(job, model, read, pending, replacer, tally, stop)
+                work(asked, model, read, pending, replacer, tally, stop)
         if replacer.left:
             raise EngineError(
                 f"{replacer.left:,} of {pending.num_rows:,} units are not done again; the same"

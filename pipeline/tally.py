@@ -2,8 +2,9 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from types import MappingProxyType
 
 import pyarrow as pa
 
@@ -22,9 +23,16 @@ _TIMED_BY_ROW = ("read", "prepare", "generate")
 class Tally:
     """One run's counts: what left the replicas, and what was committed of it."""
 
-    def __init__(self, progress: Progress, what: RunKind = "run") -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        what: RunKind = "run",
+        changed: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """changed: keys of the dataset's job that are others in this run."""
         self._progress = progress
         self._what: RunKind = what
+        self._changed = changed
         self.growth: Growth | None = None  # what the plan grew by, if it was to
         self.foretold: Foretold | None = None
         self.hardware: Hardware | None = None  # known once Ray has started
@@ -128,6 +136,7 @@ class Tally:
             tiles=self._tiles,
             start_seconds=self._start_seconds,
             foretold=self.foretold,
+            changed=dict(self._changed),
         )
 
     def summary(self, ledger: Ledger, committer: Committer, strict: bool) -> Summary:

@@ -178,6 +178,9 @@ KEYS: dict[str, FieldInfo] = {
     field.alias or name: field for name, field in Job.model_fields.items()
 }  # as a user writes them
 
+# What a retry may change for its rows, which then say so: how an answer is drawn, how long it is.
+RETRY_MAY_CHANGE = ("max_new_tokens", "temperature", "top_p", "seed")
+
 WHERE_AND_HOW_FAST = {
     "output",
     "model",  # its path; the fingerprint holds its revision

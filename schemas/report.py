@@ -70,6 +70,7 @@ class RunRecord:
     """_vl01/runs/<run>.json: what one run did, also one that was stopped before its end.
 
     start_seconds: until the first rows came: Ray's start, the model's loading.
+    changed: keys of the dataset's job that were others for the rows of this run, a retry.
     rows: those it did, by what came out; a retry may have left an older answer in their place. A
     run that was killed leaves no record; the commit records still tell what it committed and when.
     """
@@ -87,6 +88,7 @@ class RunRecord:
     tiles: int = 0
     foretold: Foretold | None = None
     start_seconds: float = 0.0
+    changed: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()

@@ -1,4 +1,4 @@
-"""`vl01 retry`: the job is the one that wrote OUT, and only where and how fast may be changed."""
+"""`vl01 retry`: the job is the one that wrote OUT, and only so much of it may be changed."""
 
 import sys
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 from jobs.cli import main
 from pipeline.replacer import RetrySummary
 from schemas.errors import ExitCode, StoppedError
-from schemas.job import KEYS, WHERE_AND_HOW_FAST, Job
+from schemas.job import KEYS, RETRY_MAY_CHANGE, WHERE_AND_HOW_FAST, Job
 
 STORED = Job.model_validate(
     {"source": "/photos", "output": "/elsewhere", "model": "/ckpt", "prompt": "?", "pp": 2}
@@ -23,8 +23,8 @@ def vl01(capsys, monkeypatch):
     asked = []
     stand_in = SimpleNamespace(answer=DONE)
 
-    def retry(job, choice):
-        asked.append((job, choice))
+    def retry(job, choice, changed):
+        asked.append((job, choice, changed))
         if isinstance(stand_in.answer, BaseException):
             raise stand_in.answer
         return stand_in.answer
@@ -48,7 +48,7 @@ def test_the_job_is_the_stored_one_in_its_place_of_today(vl01):
     code, out, _, asked = vl01("/out")
     assert code == ExitCode.OK
     assert asked == [
-        (STORED.model_copy(update={"output": "/out"}), (frozenset({"failed"}), frozenset()))
+        (STORED.model_copy(update={"output": "/out"}), (frozenset({"failed"}), frozenset()), {})
     ]
     assert "30 rows in 3 units" in out
     assert "20 of 30 are ok: 20 ok, 10 failed" in out
@@ -67,24 +67,42 @@ def test_where_and_how_fast_may_be_changed(vl01):
         "http://localhost:1",
     ]
     chosen = ["--status", "truncated", "--status", "failed", "--reason", "timeout"]
-    _, _, _, ((job, choice),) = vl01("/out", *flags, *chosen)
+    _, _, _, ((job, choice, changed),) = vl01("/out", *flags, *chosen)
     changes = {"output": "/out", "pp": 4, "decode_seconds": 120.0, "model": "/new"}
     assert job == STORED.model_copy(update=changes | {"endpoint_url": "http://localhost:1"})
     assert choice == (frozenset({"truncated", "failed"}), frozenset({"timeout"}))
+    assert changed == {}
+
+
+def test_how_answers_are_drawn_may_be_changed_for_the_rows_of_a_retry_alone(vl01):
+    flags = ["--status", "truncated", "--max-new-tokens", "512", "--temperature", "0"]
+    _, _, err, ((job, _, changed),) = vl01("/out", *flags, "--seed", "8")
+    assert job == STORED.model_copy(update={"output": "/out"})  # whose fingerprint is OUT's
+    assert changed == {"max_new_tokens": 512, "seed": 8}
+    assert err == ""
+
+
+@pytest.mark.parametrize("status", ["truncated", "invalid"])
+def test_answers_that_are_asked_the_same_again_are_told_to_answer_the_same(vl01, status):
+    code, _, err, _ = vl01("/out", "--status", status)
+    assert code == ExitCode.OK
+    assert "answer the same unless their images changed. --max-new-tokens (was 256)" in err
+    _, _, err, _ = vl01("/out", "--status", "failed")
+    assert err == ""
 
 
 def test_hosts_that_were_refused_may_be_allowed_now(vl01):
     hosts = ["--allow-host", "files.corp", "--allow-host", "10.0.0.0/8"]
-    _, _, _, ((job, _),) = vl01("/out", *hosts, "--reason", "host_refused")
+    _, _, _, ((job, _, _),) = vl01("/out", *hosts, "--reason", "host_refused")
     assert job.allow_host == ("files.corp", "10.0.0.0/8")
 
 
-def test_what_decides_the_text_may_not_be_changed(vl01):
+def test_what_else_decides_the_text_may_not_be_changed(vl01):
     _, out, _, _ = vl01("--help")
     of_whole_runs = {"output", "strict", "max_failure_rate", "grow", "settle_seconds"}
     of_whole_runs |= {"documents", "markdown"}
     for key in KEYS:
-        allowed = key in WHERE_AND_HOW_FAST - of_whole_runs
+        allowed = key in WHERE_AND_HOW_FAST - of_whole_runs or key in RETRY_MAY_CHANGE
         assert (f"--{key.replace('_', '-')} " in out) == allowed, key
 
 
@@ -96,6 +114,7 @@ def test_what_decides_the_text_may_not_be_changed(vl01):
         (["--status", "bad"], "'bad' is not one of"),
         (["--reason", "bad"], "'bad' is not one of"),
         (["--pp", "0"], "--pp is '0'"),
+        (["--temperature", "-1"], "--temperature is '-1'"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(vl01, flags, expected):

@@ -42,7 +42,9 @@ def quick(monkeypatch):
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
 
 
-def retry(source, output, choice: Choice = FAILED, max_bytes: int = 1000) -> RetrySummary:
+def retry(
+    source, output, choice: Choice = FAILED, max_bytes: int = 1000, changed: dict | None = None
+) -> RetrySummary:
     """What pipeline.retry does around the flow, with the flow of fake_run; attempts are 1."""
     ledger = Ledger(str(output))
     ledger.prepare()
@@ -50,7 +52,7 @@ def retry(source, output, choice: Choice = FAILED, max_bytes: int = 1000) -> Ret
         assert ledger.resume()
         ledger.clean_up()
         units = chosen(ledger, choice)
-        replacer = Replacer(ledger, held, units)
+        replacer = Replacer(ledger, held, units, changed)
         schema = ledger.job["job"]["schema"]
         asked = schema and load_schema(schema)
         job = Job.model_validate(ledger.job["job"] | {"max_bytes": max_bytes})
@@ -247,6 +249,17 @@ def test_a_member_that_a_tar_has_lost_is_a_failed_row_that_says_so(tmp_path):
 # Which of two outcomes stays
 
 
+def verdict(outcomes: list[str]) -> dict[str, list]:
+    """Rows named a, b, ... of these statuses or reasons."""
+    truncated, invalid = ("max_new_tokens", "repetition"), ("invalid_json", "schema_mismatch")
+    statuses = dict.fromkeys(truncated, "truncated") | dict.fromkeys(invalid, "invalid")
+    return {
+        "row_id": list("ab"[: len(outcomes)]),
+        "status": [statuses.get(outcome, outcome) for outcome in outcomes],
+        "reason": [outcome if outcome in statuses else None for outcome in outcomes],
+    }
+
+
 def output_rows(**columns: list) -> pa.Table:
     ids = columns["row_id"]
     table = {name: columns.get(name, [None] * len(ids)) for name in OUTPUT.names}
@@ -257,24 +270,58 @@ def output_rows(**columns: list) -> pa.Table:
     ("old", "new", "stays"),
     [
         ("failed", "failed", "new"),
-        ("failed", "truncated", "new"),
         ("failed", "ok", "new"),
-        ("invalid", "failed", "old"),
-        ("truncated", "failed", "old"),
-        ("truncated", "invalid", "old"),
-        ("truncated", "truncated", "new"),
-        ("truncated", "ok", "new"),
+        ("failed", "repetition", "new"),
+        ("repetition", "failed", "old"),
+        ("repetition", "repetition", "new"),
+        ("repetition", "max_new_tokens", "new"),
+        ("max_new_tokens", "failed", "old"),
+        ("max_new_tokens", "repetition", "old"),
+        ("max_new_tokens", "max_new_tokens", "new"),
+        ("max_new_tokens", "invalid_json", "new"),
+        ("max_new_tokens", "ok", "new"),
+        ("invalid_json", "failed", "old"),
+        ("invalid_json", "max_new_tokens", "old"),
+        ("invalid_json", "schema_mismatch", "new"),
+        ("schema_mismatch", "ok", "new"),
         ("ok", "failed", "old"),
     ],
 )
 def test_no_answer_is_replaced_by_a_worse_one_and_attempts_add_up(old, new, stays):
-    before = output_rows(row_id=["a", "b"], status=[old, "ok"], text=["old", "b"], attempts=[2, 1])
-    after = output_rows(row_id=["a"], status=[new], text=["new"], attempts=[1])
+    """As the ladder judges them while they are written: cut is worse than broken."""
+    before = output_rows(**verdict([old, "ok"]), text=["old", "b"], attempts=[2, 1])
+    after = output_rows(**verdict([new]), text=["new"], attempts=[1])
     merged = merge(before, after, Unit(0, UnitKind.IMAGES, ("a",), only=frozenset("a")), [])
     assert merged.schema.equals(OUTPUT)
     assert merged["row_id"].to_pylist() == ["a", "b"]
     assert merged["text"].to_pylist() == [stays, "b"]
     assert merged["attempts"].to_pylist() == [3, 1]
+
+
+@pytest.mark.parametrize(("tokens", "stays"), [(255, "old"), (256, "new"), (512, "new")])
+def test_of_two_answers_that_were_cut_the_longer_one_stays(tokens, stays):
+    cut = verdict(["max_new_tokens"])
+    before = output_rows(**cut, text=["old"], attempts=[1], output_tokens=[256])
+    after = output_rows(**cut, text=["new"], attempts=[1], output_tokens=[tokens])
+    merged = merge(before, after, Unit(0, UnitKind.IMAGES, ("a",), only=frozenset("a")), [])
+    assert merged["text"].to_pylist() == [stays]
+
+
+def test_an_answer_without_a_word_does_not_replace_a_text():
+    before = output_rows(**verdict(["repetition"]), text=["old"], attempts=[1])
+    after = output_rows(**verdict(["ok"]), text=[" - "], attempts=[1])
+    merged = merge(before, after, Unit(0, UnitKind.IMAGES, ("a",), only=frozenset("a")), [])
+    assert merged["text"].to_pylist() == ["old"]
+
+
+def test_what_was_asked_otherwise_says_so(tmp_path):
+    source, output = first_run(tmp_path, 8, [1, 5])
+    (source / "0001.jpg").write_bytes(b"mended")
+    retry(source, output, changed={"max_new_tokens": 1024, "temperature": 0.4})
+    messages = {row["text"]: row["message"] for row in rows(output).values()}
+    assert messages.pop("mended") == "asked again with max_new_tokens 1024, temperature 0.4"
+    assert "bytes" in messages.pop(None)  # it was not asked
+    assert set(messages.values()) == {None}
 
 
 def test_a_row_that_was_not_asked_for_stays_whatever_came(tmp_path):
