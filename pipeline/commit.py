@@ -21,7 +21,7 @@ from pipeline.ledger import Ledger, now
 from schemas.errors import LedgerError
 from schemas.extraction import load_schema
 from schemas.ledger import CommitRecord, Unit, UnitKind, Work
-from schemas.rows import GENERATED, with_extraction, with_kept
+from schemas.rows import generated_schema
 
 
 @dataclass
@@ -57,7 +57,8 @@ class Committer:
     def __init__(self, ledger: Ledger, lease: Lease) -> None:
         self.ledger = ledger
         self._lease = lease
-        self._schema = _generated_schema(ledger)
+        schema = ledger.job["job"].get("schema")
+        self._schema = generated_schema(schema and load_schema(schema), ledger.kept)
         self._metadata = _part_metadata(ledger)
         self._growth = ledger.plan.growth.number
         self._gathered: dict[int, _Gathered] = {}
@@ -204,14 +205,6 @@ def part_bytes(rows: pa.Table, metadata: dict[str, str]) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(rows.replace_schema_metadata(metadata), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
-
-
-def _generated_schema(ledger: Ledger) -> pa.Schema:
-    schema = GENERATED
-    if text := ledger.job["job"].get("schema"):
-        asked = load_schema(text)
-        schema = with_extraction(GENERATED, asked.arrow_type, asked.confidence_type)
-    return with_kept(schema, ledger.kept)
 
 
 def _part_metadata(ledger: Ledger) -> dict[str, str]:

@@ -22,7 +22,7 @@ from pipeline.tables import add_columns
 from schemas.errors import Reason, RowError
 from schemas.extraction import Extraction
 from schemas.requests import Request, Result, Sampling
-from schemas.rows import GENERATED, with_extraction, with_kept
+from schemas.rows import generated_schema
 
 # Of the prepared image; written anew for a page that was turned.
 _AS_TILED = ("width", "height", "tiles", "image_tokens")
@@ -53,10 +53,7 @@ class Generate:
 
     def __init__(self, settings: GenerateSettings) -> None:
         self.settings = settings
-        asked, schema = settings.extraction, GENERATED
-        if asked:
-            schema = with_extraction(schema, asked.arrow_type, asked.confidence_type)
-        self.schema = with_kept(schema, settings.kept)
+        self.schema = generated_schema(settings.extraction, settings.kept)
         canary = Canary(*settings.canary) if settings.canary else None
         self.replica = Replica(settings.engine, canary)
         self.copies = Copies()

@@ -4,8 +4,12 @@ Columns that a user asked to keep from a Parquet source follow the named ones in
 """
 
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from schemas.extraction import Extraction
 
 
 class Status(StrEnum):
@@ -100,7 +104,15 @@ OUTPUT = pa.schema(
 EXTRACTION_NAMES = ("data", "confidence")
 
 
-def with_extraction(schema: pa.Schema, data: pa.DataType, confidence: pa.DataType) -> pa.Schema:
+def generated_schema(asked: "Extraction | None", kept: pa.Schema) -> pa.Schema:
+    """GENERATED, with what an extraction adds, if there is one, and the kept columns."""
+    schema = GENERATED
+    if asked:
+        schema = _with_extraction(schema, asked.arrow_type, asked.confidence_type)
+    return with_kept(schema, kept)
+
+
+def _with_extraction(schema: pa.Schema, data: pa.DataType, confidence: pa.DataType) -> pa.Schema:
     """GENERATED or OUTPUT with what an extraction adds: `data`, the fields that were read, after
     the text; `confidence`, the probability of the least likely token of each, after the row's.
     """
@@ -116,7 +128,7 @@ def output_schema(generated: pa.Schema) -> pa.Schema:
     schema, own = OUTPUT, {*GENERATED.names, *EXTRACTION_NAMES}
     if "data" in generated.names:
         types = (generated.field(name).type for name in EXTRACTION_NAMES)
-        schema = with_extraction(OUTPUT, *types)
+        schema = _with_extraction(OUTPUT, *types)
     return with_kept(schema, pa.schema([field for field in generated if field.name not in own]))
 
 

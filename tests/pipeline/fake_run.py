@@ -19,7 +19,7 @@ from schemas.errors import RowError
 from schemas.extraction import Extraction
 from schemas.job import Job
 from schemas.ledger import PLAN
-from schemas.rows import GENERATED, INPUT, with_extraction, with_kept
+from schemas.rows import INPUT, generated_schema
 
 
 def job_of(source: object, output: object, **keys: Any) -> Job:
@@ -43,11 +43,8 @@ def generated(rows: pa.Table, asked: Extraction | None = None) -> pa.Table:
             row["text"], row["finish_reason"] = text.decode(errors="replace"), "stop"
             row["prompt_tokens"], row["output_tokens"] = 10, 2
             row |= _extracted(asked, row["text"]) if asked else {}
-    schema = GENERATED
-    if asked:
-        schema = with_extraction(schema, asked.arrow_type, asked.confidence_type)
     kept = pa.schema(list(rows.schema)[len(INPUT) :])
-    return pa.Table.from_pylist(table, with_kept(schema, kept))
+    return pa.Table.from_pylist(table, generated_schema(asked, kept))
 
 
 def _extracted(asked: Extraction, text: str) -> dict[str, Any]:
