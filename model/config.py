@@ -3,11 +3,11 @@
 Owns the JSON files of a checkpoint; knows nothing of tensors, so it may be read on any machine.
 """
 
-import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from model.files import Checkpoint, Folder
+from model.json_section import Section
 from schemas.errors import CheckpointError
 
 CONFIG_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
@@ -101,7 +101,7 @@ def load_config(checkpoint: Checkpoint) -> VL01Config:
     and when it asks for something this implementation does not compute.
     """
     root = Folder.at(checkpoint)
-    config = _Section(root.describe("config.json"), _read_json(root, "config.json"))
+    config = Section.of(root, "config.json")
     if config.get("model_type") != "minimax_vl_01":
         raise CheckpointError(
             f"{config.path} says model_type {config.get('model_type')!r}; expected 'minimax_vl_01'."
@@ -118,8 +118,7 @@ def load_config(checkpoint: Checkpoint) -> VL01Config:
             f"{config.path} does not fit together: image token {image_token_id} in a vocabulary "
             f"of {text.vocab_size}."
         )
-    name = "preprocessor_config.json"
-    preprocessor = _Section(root.describe(name), _read_json(root, name))
+    preprocessor = Section.of(root, "preprocessor_config.json")
     return VL01Config(
         text=text,
         vision=vision,
@@ -131,57 +130,7 @@ def load_config(checkpoint: Checkpoint) -> VL01Config:
     )
 
 
-class _Section:
-    """One JSON object of a checkpoint, whose errors name the file and the key."""
-
-    def __init__(self, path: str, values: dict[str, Any]) -> None:
-        self.path = path
-        self._values = values
-
-    def get(self, *names: str, default: Any = None) -> Any:
-        """The value under the first of `names` that is present and not null."""
-        found = (self._values[name] for name in names if self._values.get(name) is not None)
-        return next(found, default)
-
-    def need(self, *names: str) -> Any:
-        value = self.get(*names)
-        if value is None:
-            raise CheckpointError(f"{self.path} lacks {' or '.join(names)}.")
-        return value
-
-    def expect(self, name: str, *supported: Any) -> None:
-        """An absent key means the first of `supported`, the released value."""
-        value = self._values.get(name, supported[0])
-        if value not in supported:
-            raise CheckpointError(
-                f"{self.path} says {name} = {value!r}; this program computes only "
-                f"{' or '.join(repr(s) for s in supported)}."
-            )
-
-    def section(self, name: str, *, optional: bool = False) -> "_Section":
-        values = self.get(name, default={}) if optional else self.need(name)
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{self.path}: {name} is {values!r}; expected an object.")
-        return _Section(f"{self.path}: {name}", values)
-
-
-def _read_json(root: Folder, name: str) -> dict[str, Any]:
-    try:
-        values = json.loads(root.read(name))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{root} has no {name}. Expected the folder of a MiniMax-VL-01 checkpoint."
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{root.describe(name)} is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(
-            f"{root.describe(name)} holds {type(values).__name__}; expected an object."
-        )
-    return values
-
-
-def _text_config(text: _Section) -> TextConfig:
+def _text_config(text: Section) -> TextConfig:
     text.expect("hidden_act", "silu")
     text.expect("postnorm", True)
     text.expect("tie_word_embeddings", False)
@@ -219,7 +168,7 @@ def _text_config(text: _Section) -> TextConfig:
     return config
 
 
-def _layer_types(text: _Section, num_layers: int) -> tuple[LayerType, ...]:
+def _layer_types(text: Section, num_layers: int) -> tuple[LayerType, ...]:
     names = text.need("attn_type_list", "layer_types")
     unknown = [name for name in names if name not in _LAYER_TYPE_NAMES]
     if unknown or len(names) != num_layers:
@@ -231,7 +180,7 @@ def _layer_types(text: _Section, num_layers: int) -> tuple[LayerType, ...]:
     return tuple(_LAYER_TYPE_NAMES[name] for name in names)
 
 
-def _residual(text: _Section, released: str, transformers: str) -> Residual:
+def _residual(text: Section, released: str, transformers: str) -> Residual:
     return Residual(
         text.need(f"layernorm_{released}_alpha", f"{transformers}_alpha_factor"),
         text.need(f"layernorm_{released}_beta", f"{transformers}_beta_factor"),
@@ -255,7 +204,7 @@ def _check_text(config: TextConfig, where: str) -> None:
             raise CheckpointError(f"{where} does not fit together: {problem}.")
 
 
-def _vision_config(vision: _Section) -> VisionConfig:
+def _vision_config(vision: Section) -> VisionConfig:
     # transformers leaves `hidden_act` out when it is quick_gelu, CLIP's own default: so it is
     # required here, where only the released gelu is computed.
     vision.need("hidden_act")
@@ -277,19 +226,16 @@ def _vision_config(vision: _Section) -> VisionConfig:
     return config
 
 
-def _eos_token_ids(root: Folder, config: _Section) -> tuple[int, ...]:
-    name = "generation_config.json"
+def _eos_token_ids(root: Folder, config: Section) -> tuple[int, ...]:
+    name, ids = "generation_config.json", None
     if root.exists(name):
-        generation = _Section(root.describe(name), _read_json(root, name))
-        ids = generation.get("eos_token_id")
-    else:
-        ids = None
+        ids = Section.of(root, name).get("eos_token_id")
     if ids is None:
         ids = config.section("text_config").need("eos_token_id")
     return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
-def _pinpoints(config: _Section, preprocessor: _Section, tile: int) -> tuple[tuple[int, int], ...]:
+def _pinpoints(config: Section, preprocessor: Section, tile: int) -> tuple[tuple[int, int], ...]:
     pinpoints = preprocessor.get("image_grid_pinpoints")
     in_config = config.get("image_grid_pinpoints")
     if not pinpoints and not in_config:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from pipeline.listing import SourceFile
 from pipeline.plan import Plan, plan_table, units_of
 from pipeline.plan_file import (
     FILES_FILE,
@@ -22,7 +23,6 @@ from pipeline.plan_file import (
     state_of,
 )
 from pipeline.sources import Source
-from pipeline.storage import SourceFile
 from pipeline.stored_plan import StoredPlan
 from schemas.job import Job
 from schemas.ledger import Growth, PlanTotals, Unit, UnitKind

@@ -28,16 +28,12 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.growth import find_growth
+from pipeline.listing import list_flat
 from pipeline.output_folder import OutputFolder
 from pipeline.plan import Plan, plan_table
 from pipeline.plan_file import FILES_FILE, PLAN_FILE, write_plan
 from pipeline.sources import Source
-from pipeline.storage import (
-    list_flat,
-    make_folder,
-    put_in_place,
-    write_whole,
-)
+from pipeline.storage import make_folder, put_in_place, write_whole
 from pipeline.stored_plan import StoredPlan, joined
 from schemas.errors import ConfigError, LedgerError
 from schemas.job import Job

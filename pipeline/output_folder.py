@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.listing import list_files
 from pipeline.storage import (
     full_address,
     is_local,
-    list_files,
     make_folder,
     open_fs,
     patiently,

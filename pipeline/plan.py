@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.columns import KeptColumns, find_column, no_column
+from pipeline.listing import SourceFile
 from pipeline.lists import AddressList
 from pipeline.slices import Documents, Slice, beyond, cut, list_slice
 from pipeline.sources import Source, kind_of
-from pipeline.storage import PatientFile, SourceFile
+from pipeline.storage import PatientFile
 from schemas.errors import ConfigError
 from schemas.job import Job
 from schemas.ledger import PLAN, Unit, UnitKind

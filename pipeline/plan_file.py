@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.listing import SourceFile
 from pipeline.plan import Plan, plan_table
-from pipeline.storage import SourceFile
 from schemas.errors import ConfigError
 from schemas.ledger import FILES, PLAN, Growth, PlanTotals, Unit
 

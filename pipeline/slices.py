@@ -5,8 +5,8 @@ groups. Opens nothing.
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from pipeline.listing import SourceFile
 from pipeline.lists import Group, is_one_row
-from pipeline.storage import SourceFile
 from schemas.ledger import UnitKind
 
 # Of a unit of documents: they share the start of a renderer, and wait for each other.

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fsspec import AbstractFileSystem
 from fsspec.utils import glob_translate
 
-from pipeline.storage import SourceFile, full_address, list_files, open_fs, stat_file
+from pipeline.listing import SourceFile, list_files, stat_file
+from pipeline.storage import full_address, open_fs
 from schemas.errors import ConfigError
 from schemas.ledger import UnitKind
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
+from pipeline.listing import list_flat
 from pipeline.plan import plan_table, units_of
 from pipeline.plan_file import (
     FILES_FILE,
@@ -27,7 +28,7 @@ from pipeline.plan_file import (
     read_kept,
     read_plan,
 )
-from pipeline.storage import PatientFile, list_flat, make_folder, put_in_place
+from pipeline.storage import PatientFile, make_folder, put_in_place
 from schemas.ledger import Growth, PlanTotals, Unit, UnitKind
 
 _GROWTH = re.compile(r"(\d{6})\.parquet")

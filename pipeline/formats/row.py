@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from pipeline.fetch.settings import FetchSettings
+from pipeline.listing import as_text
 from pipeline.plan import row_id
 from pipeline.render.settings import PageSettings
 from pipeline.sources import Source
-from pipeline.storage import PatientFile, as_text, patiently
+from pipeline.storage import PatientFile, patiently
 from schemas.errors import Reason, RowError
 from schemas.ledger import Unit
 

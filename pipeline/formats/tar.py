@@ -16,9 +16,10 @@ from pipeline.formats.row import (
     check_size,
     row_error,
 )
+from pipeline.listing import as_text
 from pipeline.render.renderer import Renderer
 from pipeline.sources import is_hidden, kind_of
-from pipeline.storage import PatientFile, as_text
+from pipeline.storage import PatientFile
 from schemas.errors import EngineError, Reason, RowError
 from schemas.ledger import Unit, UnitKind
 

@@ -18,11 +18,12 @@ from model.weights.checkpoint import load_decoder
 from model.weights.convert import Quantizer
 from pipeline import lease, storage
 from pipeline.ledger import Ledger
+from pipeline.listing import list_flat
 from pipeline.model import model_folder, model_revision, open_model
 from pipeline.plan import Plan
 from pipeline.read import ReadSettings, read_unit
 from pipeline.sources import open_source
-from pipeline.storage import list_flat, open_fs
+from pipeline.storage import open_fs
 from pipeline.verify import verify
 from schemas.errors import ConfigError
 from schemas.ledger import Unit, UnitKind
