@@ -4,8 +4,8 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -135,7 +135,7 @@ def _shape(key: str, field: FieldInfo, value: Any, default: Any = None) -> Any:
     return typer.Option(
         _names(key, value, default),
         help=help_text,
-        metavar="" if value is bool else _metavar(value),
+        metavar="" if value is bool else _metavar(field.annotation),
         rich_help_panel=_PANEL_OF.get(key),
     )
 
@@ -152,7 +152,12 @@ def _value_type(annotation: Any) -> Any:
     return annotation
 
 
-def _metavar(value: Any) -> str:
-    if get_origin(value) is Literal:
-        return "|".join(get_args(value))
-    return {int: "INTEGER", float: "NUMBER"}.get(value, "TEXT")
+def _metavar(annotation: Any) -> str:
+    kind = get_origin(annotation)
+    if kind is Literal:
+        return "|".join(get_args(annotation))
+    if kind is Annotated:
+        return _metavar(get_args(annotation)[0])
+    if kind in (Union, UnionType):
+        return "|".join(_metavar(part) for part in get_args(annotation) if part is not NoneType)
+    return {int: "INTEGER", float: "NUMBER"}.get(annotation, "TEXT")

@@ -21,6 +21,7 @@ hours and price. Of a source that grows it tells what is new.
 The speed is that of an earlier run on OUT with as many ranks and replicas;
 else, for GPUs and the released model, that of the table that comes with the
 project. --bench and --tokens-per-second know better. It says which it took.
+No cluster is asked: --replicas auto counts as 1 where no run tells more.
 
 [bold]Examples[/bold]
   vl01 plan job.yaml

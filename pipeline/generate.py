@@ -17,6 +17,7 @@ from pipeline.batch import Batch
 from pipeline.canary import Book, Canary, CanarySettings
 from pipeline.copies import Columns, Copies
 from pipeline.finish import CUT
+from pipeline.rank_hosts import RankHosts
 from pipeline.replica import Replica
 from pipeline.tables import add_columns
 from schemas.errors import Reason, RowError
@@ -32,6 +33,7 @@ _AS_TILED = ("width", "height", "tiles", "image_tokens")
 class GenerateSettings:
     """dedupe: identical images are computed once; so they are seeded by the image, not the row.
     canary: what the replica is checked by, and the book it is compared with.
+    hosts: of the replica's ranks; None where they share the actor's node and its GPUs.
     """
 
     engine: EngineConfig
@@ -42,6 +44,7 @@ class GenerateSettings:
     climb: Climb = field(default_factory=Climb)
     dedupe: bool = False
     canary: tuple[CanarySettings, Book] | None = None
+    hosts: RankHosts | None = None
 
 
 class Generate:
@@ -55,7 +58,7 @@ class Generate:
         self.settings = settings
         self.schema = generated_schema(settings.extraction, settings.kept)
         canary = Canary(*settings.canary) if settings.canary else None
-        self.replica = Replica(settings.engine, canary)
+        self.replica = Replica(settings.engine, canary, settings.hosts)
         self.copies = Copies()
 
     def __call__(self, prepared: pa.Table) -> pa.Table:

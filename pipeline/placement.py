@@ -16,6 +16,7 @@ from ray._private import worker as ray_worker
 from ray.exceptions import RayError
 
 from model.engine.rank_host import GIVE_MEMORY_BACK
+from pipeline.rank_hosts import RankHosts
 from schemas.errors import CheckpointError, ConfigError, EngineError, VL01Error
 from schemas.job import Job
 from schemas.report import Hardware
@@ -34,11 +35,14 @@ _GPU_KIND = "accelerator_type:"  # how Ray names what kind of GPU a node has
 
 @dataclass(frozen=True)
 class Placement:
-    """What each stage takes. A replica is one actor; its ranks are processes under it."""
+    """What each stage takes. A replica is one actor; its ranks are processes under it, or under
+    RankHosts where no node has GPUs for all of them."""
 
     device: Literal["cpu", "cuda"]
     ranks: int
     replicas: int
+    gpus: int  # that Ray gives a replica's actor
+    hosts: RankHosts | None  # take the GPUs instead, on several nodes
     prepare_workers: int
     prepare_cpus: float  # of a worker; together they leave a core for what comes before them
     read_cpus: float  # of a task that reads a unit
@@ -47,10 +51,6 @@ class Placement:
     chunk_tokens: int  # computed together by a replica
     batch_rows: int  # rows of one call of a replica
     calls: int  # calls of a replica side by side
-
-    @property
-    def gpus_per_replica(self) -> int:
-        return self.ranks if self.device == "cuda" else 0
 
     def hardware(self) -> Hardware:
         """For the record of the run; asks the cluster that this process has joined."""
@@ -141,26 +141,31 @@ def place(job: Job, renders: bool = False) -> Placement:
     """Decides on the stages' shares of the cluster that this process has joined.
 
     renders: whether there are documents, whose pages are rendered while they are read.
-    Raises ConfigError when the GPUs asked for are not there.
+    Raises ConfigError when the GPUs asked for are not there, held by others or not.
     """
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    on_gpu = job.device == "cuda" or (job.device == "auto" and gpus > 0)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = [int(node.get("GPU", 0)) for node in nodes]
+    cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1] or [1]
+    on_gpu = job.device == "cuda" or (job.device == "auto" and sum(gpus) > 0)
     if on_gpu:
-        _check_gpus(job, gpus)
+        replicas = _replicas_on_gpus(job, sum(gpus))
+    else:
+        replicas = len(cores) if job.replicas == "auto" else job.replicas
+    spans = on_gpu and sum(node // job.pp for node in gpus) < replicas
     max_sequences = job.max_sequences or (None if on_gpu else CPU_SEQUENCES)
     batch_rows = -(-(max_sequences or GPU_SEQUENCES) // CALLS_PER_SEQUENCES)
-    cores = int(resources.get("CPU", 1))
-    prepare_workers = job.prepare_workers or _prepare_workers(on_gpu, cores, job, renders)
-    prepare_cpus = _prepare_cpus(cores, prepare_workers)
+    prepare_workers = job.prepare_workers or _prepare_workers(on_gpu, sum(cores), replicas, renders)
+    prepare_cpus = _prepare_cpus(sum(cores), prepare_workers)
     return Placement(
         device="cuda" if on_gpu else "cpu",
         ranks=job.pp,
-        replicas=job.replicas,
+        replicas=replicas,
+        gpus=job.pp if on_gpu and not spans else 0,
+        hosts=RankHosts(job.pp) if spans else None,
         prepare_workers=prepare_workers,
         prepare_cpus=prepare_cpus,
-        read_cpus=_read_cpus(cores - prepare_workers * prepare_cpus, renders),
-        threads=None if on_gpu else max(1, cores // (job.pp * job.replicas)),
+        read_cpus=_read_cpus(sum(cores) - prepare_workers * prepare_cpus, renders),
+        threads=None if on_gpu else _threads(cores, replicas, job.pp),
         max_sequences=max_sequences,
         chunk_tokens=job.chunk_tokens or (16384 if on_gpu else 2048),
         batch_rows=batch_rows,
@@ -168,13 +173,18 @@ def place(job: Job, renders: bool = False) -> Placement:
     )
 
 
-def _prepare_workers(on_gpu: bool, cores: int, job: Job, renders: bool) -> int:
+def _threads(cores: list[int], replicas: int, ranks: int) -> int:
+    """Of a rank on CPU. cores: of each node; Ray spreads the replicas over the nodes."""
+    return max(1, min(cores) // (ranks * -(-replicas // len(cores))))
+
+
+def _prepare_workers(on_gpu: bool, cores: int, replicas: int, renders: bool) -> int:
     """All cores but one, which reads; half of them where there are pages to render, which takes as
     long as cutting them. On CPU the model needs them more: one per replica.
     """
     if on_gpu:
         return max(1, cores // 2 if renders else cores - 1)
-    return min(job.replicas, max(1, cores - 1))
+    return min(replicas, max(1, cores - 1))
 
 
 def _prepare_cpus(cores: int, workers: int) -> float:
@@ -189,19 +199,14 @@ def _read_cpus(cores_left: float, renders: bool) -> float:
     return min(RENDER_CPUS, int(cores_left * 500) / 1000) if renders else READ_CPUS
 
 
-def _check_gpus(job: Job, gpus: int) -> None:
-    needed = job.pp * job.replicas
-    if gpus < needed:
+def _replicas_on_gpus(job: Job, gpus: int) -> int:
+    asked = 1 if job.replicas == "auto" else job.replicas
+    if gpus < job.pp * asked:
         raise ConfigError(
-            f"--replicas {job.replicas} times --pp {job.pp} takes GPUs: {needed}; the cluster has:"
-            f" {gpus}. Lower --replicas or --pp, or add GPUs."
+            f"--replicas {job.replicas} times --pp {job.pp} takes GPUs: {job.pp * asked}; the"
+            f" cluster has: {gpus}. Lower --replicas or --pp, or add GPUs."
         )
-    largest = max(int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"])
-    if largest < job.pp:
-        raise ConfigError(
-            f"--pp {job.pp} needs a node with {job.pp} GPUs; the largest here has {largest}."
-            " The ranks of a replica share one node."
-        )
+    return gpus // job.pp if job.replicas == "auto" else job.replicas
 
 
 def _quieten_ray_data() -> None:

@@ -20,6 +20,7 @@ class Progress:
 
     def __init__(self, console: Console | None = None) -> None:
         self.phase = "listing the source"  # shown until the first rows come
+        self.waiting: str | None = None  # for what
         self.pending_units = 0
         self.rows = 0
         self.failed = 0
@@ -76,9 +77,10 @@ class Progress:
     def line(self) -> Text:
         seconds = time.monotonic() - self._started
         parts = [f"[{clock(seconds)}]"]
+        waiting = self.waiting
         if self._first_rows is None:
             units = f" ({self.pending_units:,} units to do)" if self.pending_units else ""
-            parts.append(self.phase + units)
+            parts.append((waiting or self.phase) + units)
         else:
             parts += [
                 f"{self.rows:,} rows",
@@ -88,6 +90,8 @@ class Progress:
                 f"units {self.committed_units:,}/{self.pending_units:,}",
                 self._time_left(),
             ]
+            if waiting:
+                parts.insert(1, waiting)
         return Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
 
     def _time_left(self) -> str:

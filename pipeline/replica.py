@@ -8,10 +8,12 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from model.engine.config import EngineConfig
 from model.engine.engine import Engine
+from model.engine.rank_host import Hosts
 from pipeline.canary import Canary, WrongAnswerError
 from pipeline.metrics import ReplicaMetrics
 from schemas.errors import ConfigError, RowError
@@ -28,16 +30,23 @@ class Replica:
 
     A broken engine cannot answer the rows it holds, so the whole process exits: Ray starts the
     actor again and gives the new one the same batches. (`sys.exit` or raising would fail the job.)
+
+    hosts: takes them for the engine's ranks, elsewhere; None where the ranks start here.
     """
 
-    def __init__(self, config: EngineConfig, canary: Canary | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        canary: Canary | None = None,
+        hosts: Callable[[], Hosts] | None = None,
+    ) -> None:
         self._canary = canary
         self._inbox: queue.SimpleQueue[tuple[Request, Future[Result]]] = queue.SimpleQueue()
         self._waiting: dict[str, Future[Result]] = {}
         self._busy_seconds = 0.0
         self._lock = threading.Lock()
         self._ready: Future[None] = Future()
-        threading.Thread(target=self._run, args=(config,), name="engine", daemon=True).start()
+        threading.Thread(target=self._run, args=(config, hosts), name="engine", daemon=True).start()
 
     def submit(self, request: Request) -> "Future[Result]":
         """The future answer; RowError in it if the engine can never compute the request.
@@ -56,9 +65,9 @@ class Replica:
             seconds, self._busy_seconds = self._busy_seconds, 0.0
         return seconds
 
-    def _run(self, config: EngineConfig) -> None:
+    def _run(self, config: EngineConfig, hosts: Callable[[], Hosts] | None) -> None:
         try:
-            engine = start_engine(config)
+            engine = start_engine(config, hosts)
             if self._canary:
                 self._canary.check(engine)
         except Exception as error:
@@ -106,15 +115,15 @@ class Replica:
         return seconds
 
 
-def start_engine(config: EngineConfig) -> Engine:
+def start_engine(config: EngineConfig, hosts: Callable[[], Hosts] | None = None) -> Engine:
     """Raises what Engine does, after a few tries: GPUs that a killed replica held are free only
     some seconds later."""
     for _ in range(START_TRIES - 1):
         try:
-            return Engine(config)
+            return Engine(config, hosts and hosts())
         except ConfigError:
             raise
         except Exception:
             logger.exception("the engine did not start; trying again")
             time.sleep(START_WAIT_SECONDS)
-    return Engine(config)
+    return Engine(config, hosts and hosts())

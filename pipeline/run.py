@@ -25,6 +25,7 @@ from pipeline.commit import Committer
 from pipeline.documents import write_documents
 from pipeline.estimate.estimate import foretold
 from pipeline.generate import Generate, GenerateSettings
+from pipeline.gpus import gpus_of
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.metrics import RunMetrics
@@ -89,13 +90,14 @@ def work(
         flow = Flow(job, model, read, place(job, has_documents(pending)), book.shared())
         tally.hardware = flow.place.hardware()
         tally.metrics = RunMetrics(job.output)
-        for rows in stop.relay(flow.generated(pending), committer.incomplete):
-            tally.generated(rows)
-            with tally.committing():
-                works = committer.add(rows)
-            tally.committed(works, begun=len(committer.incomplete()))
-            tally.noted(book.complaints())
-            tally.check_failures(job.max_failure_rate)
+        with gpus_of(flow.place, tally.waits):
+            for rows in stop.relay(flow.generated(pending), committer.incomplete):
+                tally.generated(rows)
+                with tally.committing():
+                    works = committer.add(rows)
+                tally.committed(works, begun=len(committer.incomplete()))
+                tally.noted(book.complaints())
+                tally.check_failures(job.max_failure_rate)
         tally.noted(book.complaints(at_once=True))
     tally.check_stopped(stop.asked)
 
@@ -175,7 +177,7 @@ class Flow:
                 enable_true_multi_threading=True,
             ),
             num_cpus=0,
-            num_gpus=self.place.gpus_per_replica,
+            num_gpus=self.place.gpus,
             max_task_retries=RETRIES,
         )
         yield from generated.iter_batches(batch_size=None, batch_format="pyarrow")
@@ -226,6 +228,7 @@ class Flow:
             climb=Climb(job.ladder, job.retries, turner),
             dedupe=job.dedupe == "exact",
             canary=(self.canary_settings(engine), self.book),
+            hosts=self.place.hosts,
         )
 
     def canary_settings(self, engine: EngineConfig) -> CanarySettings:

@@ -90,6 +90,10 @@ class Tally:
         for message in messages:
             self._progress.note(message)
 
+    def waits(self, what: str | None) -> None:
+        """Tells what the run waits for, until it is called again."""
+        self._progress.waiting = what
+
     def check_failures(self, most: float) -> None:
         """Raises StoppedError when a larger share than `most` of this run's rows failed."""
         rows, failed = self._progress.rows, self._progress.failed

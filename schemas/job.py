@@ -5,8 +5,16 @@ Knows what is allowed; whether paths, checkpoint and hardware are really there i
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from schemas.ladder import Step
 from schemas.requests import Sampling
@@ -124,7 +132,11 @@ class Job(BaseModel):
         "python -m model.nano.random_checkpoint DIR --released --no-tensors writes is read",
     )
     pp: Positive = Field(1, description="ranks (GPUs) that share the layers of one replica")
-    replicas: Positive = Field(1, description="copies of the model that run side by side")
+    replicas: Positive | Literal["auto"] = Field(
+        1,
+        description="copies of the model that run side by side; auto: as many as the cluster has "
+        "GPUs for, on CPU one on each node",
+    )
     max_sequences: Positive | None = Field(
         None, description="sequences in flight; default: as many as fit on a GPU, 16 on CPU"
     )
@@ -145,6 +157,15 @@ class Job(BaseModel):
     grace_seconds: float = Field(
         25.0, ge=0, description="time to finish what is nearly done when asked to stop"
     )
+
+    @field_validator("replicas", mode="wrap")
+    @classmethod
+    def _number_or_auto(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:  # a complaint for each of the two
+            wanted = "Input should be a whole number from 1 on, or auto"
+            raise PydanticCustomError("number_or_auto", wanted) from None  # type: ignore[arg-type]
 
     def extraction(self) -> "Extraction | None":
         """What `schema` asks for. Raises ConfigError."""

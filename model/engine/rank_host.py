@@ -75,10 +75,11 @@ class ThisHost:
 class LocalProcess:
     """A child of this process, started on construction. It is killed when this process ends.
 
-    channel: it gets this, which is closed here. interface: by which it reaches the other ranks.
+    channel: it gets this, which is closed here. interface: by which it reaches the other ranks,
+    None leaves that to torch.distributed.
     """
 
-    def __init__(self, channel: socket.socket, interface: str = "lo") -> None:
+    def __init__(self, channel: socket.socket, interface: str | None = "lo") -> None:
         started: Future[subprocess.Popen] = Future()
 
         def start_and_stay() -> None:
@@ -119,16 +120,16 @@ class LocalProcess:
         self._process.wait()
 
 
-def _environment(interface: str) -> dict[str, str]:
+def _environment(interface: str | None) -> dict[str, str]:
     """Of a rank: our module path, links by that interface, a glibc that gives memory back.
 
     torch.distributed warns about every pair of ranks that it links on first use; that is meant.
     """
+    links = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
     return {
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         **GIVE_MEMORY_BACK,
-        "GLOO_SOCKET_IFNAME": interface,
-        "NCCL_SOCKET_IFNAME": interface,
+        **links,
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }

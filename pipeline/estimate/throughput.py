@@ -31,8 +31,8 @@ def find_throughput(
     measured = _of_runs(job, run_records(ledger)[0].values(), "on this output") if ledger else None
     output_tokens = measured.output_tokens if measured else float(job.max_new_tokens)
     if assumptions.tokens_per_second is not None:
-        gpus = 0 if job.device == "cpu" else job.pp * job.replicas
-        origin = "--tokens-per-second" + _as_if(measured)
+        gpus = 0 if job.device == "cpu" else job.pp * _replicas(job)
+        origin = "--tokens-per-second" + _as_if_one(job) + _as_if(measured)
         return Throughput(assumptions.tokens_per_second, output_tokens, gpus, origin)
     if assumptions.bench is not None:
         return _of_file(job, text, Path(assumptions.bench), prompt, output_tokens, _as_if(measured))
@@ -91,13 +91,13 @@ def _of_bench(
     """Ranks share the layers: as many of them do as many times the work of one."""
     work = bench.nearest(prompt)
     on_gpus = bench.device != "CPU"
-    gpus = job.pp * job.replicas if on_gpus else 0
+    gpus = job.pp * _replicas(job) if on_gpus else 0
     whole = work.tokens_per_second * bench.layers / text.num_layers * (gpus or 1)
     origin = (
         f"{bench.origin}: {bench.device}, workload {work.name}, {bench.layers} of"
-        f" {text.num_layers} layers{f', times {gpus} GPUs' if gpus else ''}{as_if}"
+        f" {text.num_layers} layers{f', times {gpus} GPUs' if gpus else ''}"
     )
-    return Throughput(whole, output_tokens, gpus, origin)
+    return Throughput(whole, output_tokens, gpus, origin + _as_if_one(job) + as_if)
 
 
 def _reported(report: dict[str, Any]) -> list[RunRecord]:
@@ -146,7 +146,17 @@ def _alike(job: Job, run: RunRecord) -> bool:
     if not (_tokens(run) and _answered(run) and run.seconds and run.hardware):
         return False
     same_device = job.device in ("auto", run.hardware.device)
-    return same_device and (job.pp, job.replicas) == (run.hardware.ranks, run.hardware.replicas)
+    same_replicas = job.replicas in ("auto", run.hardware.replicas)
+    return same_device and same_replicas and job.pp == run.hardware.ranks
+
+
+def _replicas(job: Job) -> int:
+    """No cluster is asked: of `auto`, whose GPU-hours are the same, the hours are of one."""
+    return 1 if job.replicas == "auto" else job.replicas
+
+
+def _as_if_one(job: Job) -> str:
+    return "; as if --replicas auto were 1" if job.replicas == "auto" else ""
 
 
 def _tokens(run: RunRecord) -> int:

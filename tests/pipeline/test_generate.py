@@ -32,7 +32,7 @@ class FakeEngine:
     rank_busy_seconds = ()
     occupancy = Occupancy(running=0, slots=0.0, blocks=0.0)
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, hosts: None = None) -> None:
         self.queue: deque[Request] = deque()
         self.most = 0
 
@@ -138,7 +138,7 @@ def start_with(monkeypatch, engine) -> Generate:
 
 
 def test_an_engine_that_cannot_start_says_why_and_fails_the_batch_not_the_actor(monkeypatch):
-    def broken(config: EngineConfig) -> None:
+    def broken(config: EngineConfig, hosts: None) -> None:
         raise ConfigError("47 GB of weights, 20 GB of memory")
 
     stage = start_with(monkeypatch, broken)
@@ -149,7 +149,7 @@ def test_an_engine_that_cannot_start_says_why_and_fails_the_batch_not_the_actor(
 def test_gpus_that_are_freed_late_do_not_end_the_run(monkeypatch):
     failures = [MemoryError("still held"), MemoryError("still held")]
 
-    def late(config: EngineConfig) -> FakeEngine:
+    def late(config: EngineConfig, hosts: None) -> FakeEngine:
         if failures:
             raise failures.pop()
         return FakeEngine(config)
@@ -204,7 +204,7 @@ class Tired(FakeEngine):
 
     asked: list[Request]
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, hosts: None = None) -> None:
         super().__init__(config)
         self.asked = Tired.asked = []
 

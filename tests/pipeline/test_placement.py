@@ -6,6 +6,7 @@ from ray.exceptions import RayError
 
 from pipeline import placement
 from pipeline.placement import place, plain_error, ray_session
+from pipeline.rank_hosts import RankHosts
 from schemas.errors import ConfigError, EngineError, ExitCode
 from schemas.job import Job
 
@@ -19,11 +20,6 @@ def cluster(monkeypatch):
     """Pretends that Ray has joined a cluster of nodes with these resources."""
 
     def pretend(*nodes: dict[str, float]) -> None:
-        total: dict[str, float] = {}
-        for node in nodes:
-            for name, amount in node.items():
-                total[name] = total.get(name, 0) + amount
-        monkeypatch.setattr(ray, "cluster_resources", lambda: total)
         monkeypatch.setattr(
             ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes]
         )
@@ -37,10 +33,35 @@ def test_too_few_gpus_are_named_before_any_model_is_loaded(cluster):
         place(job(pp=4, replicas=2))
 
 
-def test_ranks_that_no_single_node_can_hold_are_refused(cluster):
+def test_a_replica_spans_nodes_only_where_too_few_of_them_have_gpus_for_all_its_ranks(cluster):
     cluster({"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2})
-    with pytest.raises(ConfigError, match="the largest here has 2"):
-        place(job(pp=4))
+    placed = place(job(pp=4))
+    assert (placed.gpus, placed.hosts) == (0, RankHosts(4))
+    cluster({"CPU": 8, "GPU": 6}, {"CPU": 8, "GPU": 6})
+    placed = place(job(pp=4, replicas=2))
+    assert (placed.gpus, placed.hosts) == (4, None)
+    placed = place(job(pp=4, replicas=3))
+    assert (placed.gpus, placed.hosts) == (0, RankHosts(4))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "pp", "replicas"), [([8], 4, 2), ([6, 6], 4, 3), ([4, 4, 3], 4, 2), ([1, 1], 2, 1)]
+)
+def test_auto_fills_the_cluster(cluster, nodes, pp, replicas):
+    cluster({"CPU": 4}, *({"CPU": 8, "GPU": gpus} for gpus in nodes))
+    assert place(job(pp=pp, replicas="auto")).replicas == replicas
+
+
+def test_auto_with_no_gpus_for_one_replica_is_refused_too(cluster):
+    cluster({"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1})
+    with pytest.raises(ConfigError, match="takes GPUs: 4; the cluster has: 2"):
+        place(job(pp=4, replicas="auto"))
+
+
+def test_auto_on_cpu_is_a_replica_on_each_node_with_all_its_cores(cluster):
+    cluster({"CPU": 0}, {"CPU": 16}, {"CPU": 8})
+    placed = place(job(pp=2, replicas="auto"))
+    assert (placed.replicas, placed.threads, placed.gpus, placed.hosts) == (2, 4, 0, None)
 
 
 def test_a_gpu_asked_for_by_name_is_not_quietly_replaced_by_the_cpu(cluster):
@@ -52,7 +73,7 @@ def test_a_gpu_asked_for_by_name_is_not_quietly_replaced_by_the_cpu(cluster):
 def test_each_rank_takes_a_gpu_and_the_other_cores_prepare(cluster):
     cluster({"CPU": 16, "GPU": 8})
     placed = place(job(pp=4, replicas=2))
-    assert (placed.device, placed.gpus_per_replica, placed.prepare_workers) == ("cuda", 4, 15)
+    assert (placed.device, placed.gpus, placed.prepare_workers) == ("cuda", 4, 15)
 
 
 def test_rendering_gets_half_of_the_cores_and_always_two_documents_at_a_time(cluster):
@@ -67,7 +88,7 @@ def test_rendering_gets_half_of_the_cores_and_always_two_documents_at_a_time(clu
 def test_ranks_on_cpu_share_the_cores_and_never_more_than_there_are(cluster):
     cluster({"CPU": 2})
     placed = place(job(pp=2, replicas=2))
-    assert (placed.device, placed.gpus_per_replica, placed.threads) == ("cpu", 0, 1)
+    assert (placed.device, placed.gpus, placed.threads) == ("cpu", 0, 1)
     assert placed.prepare_workers == 1
 
 

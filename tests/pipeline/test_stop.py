@@ -123,6 +123,8 @@ def flow(monkeypatch):
             events.get(count, lambda: None)()
 
     class Place:
+        gpus, hosts = 0, None
+
         def __getattr__(self, _):
             return lambda: None
 

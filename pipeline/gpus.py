@@ -1,0 +1,64 @@
+"""The GPUs of a run while it works: says when replicas wait for some, gives back what they took."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import ray
+from ray._private.state import actors, available_resources_per_node
+from ray.exceptions import RayError
+
+from pipeline.placement import Placement
+from pipeline.rank_hosts import give_back_gpus, groups_waiting
+
+LOOK_SECONDS = 5.0
+
+
+@contextmanager
+def gpus_of(place: Placement, show: Callable[[str | None], None]) -> Iterator[None]:
+    """While inside, `show` gets a line when replicas wait for GPUs, None when they do no longer.
+
+    Nobody gives up: on a cluster that is shared, the GPUs are free when another run has ended, or
+    when a node is replaced.
+    """
+    done = threading.Event()
+
+    def look() -> None:
+        before = 0
+        while not done.wait(LOOK_SECONDS):
+            with suppress(RayError):  # the cluster is busy: look again
+                now = _waiting(place)
+                # Twice in a row: every replica waits for a moment when it starts.
+                show(_say(place, now) if now and before else None)
+                before = now
+
+    if place.gpus or place.hosts:
+        threading.Thread(target=look, name="gpus", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+        if place.hosts:
+            give_back_gpus()
+
+
+def _waiting(place: Placement) -> int:
+    """Replicas that have asked for GPUs and not got them."""
+    if place.hosts:
+        return groups_waiting()
+    job = ray.get_runtime_context().get_job_id()
+    return sum(
+        actor["JobID"] == job
+        and actor["ActorClassName"].endswith("(Generate))")  # as Ray Data calls them
+        and actor["State"] in ("PENDING_CREATION", "RESTARTING")
+        and not actor["Pid"]
+        for actor in actors().values()
+    )
+
+
+def _say(place: Placement, waiting: int) -> str:
+    free = [int(node.get("GPU", 0)) for node in available_resources_per_node().values()]
+    where = f", on one node; free: {sum(free)}, at most {max(free, default=0)} on one node"
+    if place.hosts:
+        where = f"; free: {sum(free)}"
+    return f"waiting for GPUs: {waiting} of {place.replicas} replicas, {place.ranks} each{where}"
