@@ -1,6 +1,7 @@
 """What `vl01 plan` says: the estimate in lines for a person, or as JSON for a program."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from rich.markup import escape
 
 from jobs.show import growth
 from schemas.errors import ConfigError
-from schemas.estimate import Estimate, MemoryEstimate, RowsEstimate, Spread
+from schemas.estimate import Estimate, MemoryEstimate, RankEstimate, RowsEstimate, Spread
 
 HELP = """Tell what a run will do, before any GPU starts. Writes nothing to OUT.
 
@@ -70,6 +71,7 @@ def show_plan(plan: Estimate) -> None:
             "headers": _headers(plan),
             "tiles": _spread(plan.tiles),
             "prompts": f"{_spread(plan.prompt_tokens)} tokens",
+            "ranks": split_of(plan.ranks) if len(plan.ranks) > 1 else "",
             "memory": _memory(plan.memory) if plan.memory else "not reckoned: the run is on CPU",
             "speed": _speed(plan),
             "time": _time(plan),
@@ -109,6 +111,16 @@ def _headers(plan: Estimate) -> str:
 
 def _spread(spread: Spread) -> str:
     return f"{spread.total:,} in all; median {spread.median:,}, 95th percentile {spread.p95:,}"
+
+
+def split_of(ranks: Sequence[RankEstimate]) -> str:
+    """Who holds which layers, with how much of what."""
+    parts = [
+        f"layers {rank.first_layer} to {rank.last_layer} with {rank.weights / _GIB:,.1f} GiB of "
+        f"weights, busy at most {rank.busy:.0%}"
+        for rank in ranks
+    ]
+    return f"{len(ranks)} in a replica: {'; '.join(parts)}"
 
 
 def _memory(memory: MemoryEstimate) -> str:

@@ -62,6 +62,20 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True)
+class RankEstimate:
+    """One rank of a replica: its layers, and the bytes of its weights.
+
+    busy: the share of time in which it computes if the slowest rank always does, for photographs
+    of 640x480 with answers of 128 tokens; no rank is busier in a steady run.
+    """
+
+    first_layer: int
+    last_layer: int
+    weights: int
+    busy: float
+
+
+@dataclass(frozen=True)
 class Throughput:
     """tokens_per_second: read and written, by all replicas together; on no GPUs on CPU.
 
@@ -91,8 +105,8 @@ class Estimate:
 
     growth: what the source has grown by since it was planned; None if the job does not say so.
     rows: by kind of unit. exact: every header was read, so that only damage behind the headers is
-    not foretold. reasons: of the rows that will fail. memory: None when the run is asked to use no
-    GPU. time: None when no throughput is known.
+    not foretold. reasons: of the rows that will fail. ranks: of each replica, in order. memory:
+    None when the run is asked to use no GPU. time: None when no throughput is known.
     """
 
     source: str
@@ -105,6 +119,7 @@ class Estimate:
     tiles: Spread
     prompt_tokens: Spread
     growth: Growth | None = None
+    ranks: tuple[RankEstimate, ...] = ()
     memory: MemoryEstimate | None = None
     throughput: Throughput | None = None
     time: TimeEstimate | None = None

@@ -51,6 +51,20 @@ checkpoint and any setting of the engine: run it twice to compare two.
   vl01 bench quality --model CHECKPOINT --answers answers.jsonl"""
 
 
+_RANKS = """Tell how layers are split over ranks, and how busy each would be.
+
+Needs no GPU and takes seconds: the engine's scheduler fills ranks that take
+the time foreseen from the model's sizes and the measured speed of one H100.
+Three streams of requests, with answers from 0.3 to 1.7 times as long as
+said: photographs (2,400 prompt tokens, 128 of answer), pages (8,080, 256),
+and a page for every 19 short prompts (600, 100). What it tells is
+simulated, not measured.
+
+[bold]Examples[/bold]
+  vl01 bench ranks --pp 4
+  vl01 bench ranks --pp 8 --gpu-memory-gib 79 --model CHECKPOINT"""
+
+
 class WorkloadName(StrEnum):
     ALL = "all"
     COCO = "coco640x480"
@@ -133,6 +147,34 @@ def bench_slice(
             if json_file:
                 numbers = report.as_json(settings, opened.device, opened.ceilings, measured)
                 json_file.write_text(json.dumps(numbers, indent=2))
+
+
+@app.command("ranks", help=_RANKS)
+def bench_ranks(
+    pp: Annotated[int, typer.Option("--pp", min=1, help="ranks the layers are spread over")] = 4,
+    gpu_memory_gib: Annotated[
+        float, typer.Option(help="what a GPU has; an H200 139, an H100 79", min=0)
+    ] = 139.0,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="folder of a checkpoint; else the released sizes", file_okay=False),
+    ] = None,
+    chunk_tokens: Annotated[int, typer.Option(min=128, help="most tokens at a time")] = 16384,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the numbers here too", dir_okay=False)
+    ] = None,
+) -> None:
+    from jobs.bench import ranks
+    from jobs.bench.slice import released_model
+    from model.config import load_config
+    from model.engine.config import EngineConfig
+
+    config = load_config(model) if model else released_model()
+    engine = EngineConfig("", ranks=pp, device="cuda", chunk_tokens=chunk_tokens)
+    foreseen = ranks.foresee(config, engine, int(gpu_memory_gib * 1024**3))
+    ranks.show(foreseen)
+    if json_file:
+        json_file.write_text(json.dumps(foreseen.as_json(), indent=2))
 
 
 @app.command("error", help=_ERROR)

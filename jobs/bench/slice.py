@@ -148,6 +148,13 @@ class Slice:
         )
 
 
+def released_model() -> VL01Config:
+    """The sizes of the whole released network."""
+    with tempfile.TemporaryDirectory(prefix="vl01-bench-") as folder:
+        write_configuration(Path(folder), RELEASED_SIZES)
+        return load_config(folder)
+
+
 @contextmanager
 def open_slice(settings: SliceSettings) -> Iterator[Slice]:
     plainly = plain_layers() if settings.plain else nullcontext()

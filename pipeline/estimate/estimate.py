@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from model.inputs.images import DecodeLimits
-from pipeline.estimate.gpus import engine_config, memory_estimate
+from pipeline.estimate.gpus import engine_config, memory_estimate, rank_estimates
 from pipeline.estimate.headers import HeaderReader
 from pipeline.estimate.sample import Survey, survey
 from pipeline.estimate.spread import spread
@@ -94,6 +94,7 @@ def foretell(
         reasons={reason: round(count) for reason, count in reasons.items()},
         tiles=spread(tiles),
         prompt_tokens=tokens,
+        ranks=rank_estimates(model.config, engine_config(job)),
         memory=_memory(job, model, prompt, assumptions),
         throughput=throughput,
         time=throughput

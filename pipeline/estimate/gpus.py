@@ -6,13 +6,13 @@ from model.config import TextConfig, VL01Config
 from model.engine.config import EngineConfig
 from model.engine.cost import weight_bytes
 from model.engine.memory import Capacity, Room, share_out
-from model.engine.ranks import layer_spans
+from model.engine.ranks import busy_shares, layer_spans
 from model.engine.sequence import blocks_for
 from model.layers.memory import block_bytes, slot_bytes
 from model.layers.ragged import BLOCK_TOKENS
 from pipeline.model import model_folder
 from schemas.errors import ConfigError
-from schemas.estimate import MemoryEstimate
+from schemas.estimate import MemoryEstimate, RankEstimate
 from schemas.job import Job
 
 _GIB = 1024**3
@@ -44,9 +44,7 @@ def memory_estimate(
     Raises ConfigError when weights and states do not fit, naming how many ranks would do.
     """
     ranks = _ranks(model, engine, engine.ranks)
-    capacity = _capacity(ranks, engine, gpu_bytes)
-    if capacity is None:
-        raise ConfigError(_too_small(model, engine, gpu_bytes))
+    capacity = capacity_estimate(model, engine, gpu_bytes)
     blocks = blocks_for(max(1, round(sequence_tokens)))
     return MemoryEstimate(
         gpus=engine.ranks,
@@ -56,6 +54,23 @@ def memory_estimate(
         sequence=max(rank.slot for rank in ranks),
         token=max(rank.block for rank in ranks) // BLOCK_TOKENS,
         sequences=max(1, min(capacity.slots, capacity.blocks // blocks)),
+    )
+
+
+def capacity_estimate(model: VL01Config, engine: EngineConfig, gpu_bytes: int) -> Capacity:
+    """Slots and blocks of one replica. Raises ConfigError as `memory_estimate` does."""
+    capacity = _capacity(_ranks(model, engine, engine.ranks), engine, gpu_bytes)
+    if capacity is None:
+        raise ConfigError(_too_small(model, engine, gpu_bytes))
+    return capacity
+
+
+def rank_estimates(model: VL01Config, engine: EngineConfig) -> tuple[RankEstimate, ...]:
+    """How the layers are split, and how evenly."""
+    spans = layer_spans(model, engine.ranks)
+    ranks = zip(spans, _ranks(model, engine, engine.ranks), busy_shares(model, spans), strict=True)
+    return tuple(
+        RankEstimate(span.start, span.stop - 1, rank.weights, busy) for span, rank, busy in ranks
     )
 
 

@@ -274,6 +274,35 @@ def test_chunks_of_one_prompt_fill_all_microbatches_in_flight():
     assert simulation.scheduler._running[key].in_flight == 4
 
 
+def test_prompts_that_begin_together_are_spread_over_the_next_rounds():
+    simulation = Simulation(Capacity(8, 400), chunk_tokens=4096, microbatches=4)
+    for _ in range(8):
+        simulation.add(2400, 2)
+    simulation.run()
+    chunks = [plan.tokens for plan in simulation.plans if not plan.segments[0].is_decode]
+    # An even share of 19,200 tokens for 8 rounds of 4, up to a block; then less, as less is left.
+    assert 600 - BLOCK <= chunks[0] <= 600
+    assert max(chunks) <= 600
+    assert min(chunks[:20]) >= 256
+
+
+def test_prompts_that_memory_has_no_room_for_yet_make_no_share_larger():
+    simulation = Simulation(Capacity(40, 100), chunk_tokens=16384, microbatches=4)
+    for _ in range(40):
+        simulation.add(40 * BLOCK, 2)  # two fit at once
+    simulation.step()
+    assert max(plan.tokens for plan in simulation.plans) <= 256
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_one_rank_takes_all_prompts_it_can_at_once(ahead):
+    simulation = Simulation(Capacity(8, 400), chunk_tokens=4096, ahead=ahead)
+    for _ in range(8):
+        simulation.add(2400, 2)
+    simulation.step()
+    assert simulation.plans[0].tokens > 4096 - BLOCK
+
+
 def test_the_youngest_is_preempted_and_resumed_before_a_new_one_is_admitted():
     simulation = Simulation(Capacity(8, 6))
     old, young = simulation.add(2 * BLOCK, 130), simulation.add(2 * BLOCK, 130)

@@ -1,0 +1,63 @@
+"""How a model's layers are split over ranks, and how busy each would be. Asks no GPU."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jobs.bench.simulation import STREAMS, Simulated, simulate, stream
+from model.config import VL01Config
+from model.engine.config import EngineConfig
+from model.engine.memory import Capacity
+from pipeline.estimate.gpus import capacity_estimate, rank_estimates
+from schemas.estimate import RankEstimate
+
+_GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """simulated: by the name of the stream of requests."""
+
+    ranks: tuple[RankEstimate, ...]
+    capacity: Capacity
+    simulated: dict[str, Simulated]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def foresee(model: VL01Config, engine: EngineConfig, gpu_bytes: int) -> Foreseen:
+    """Raises ConfigError: more ranks than layers, GPUs that are too small."""
+    ranks = rank_estimates(model, engine)
+    capacity = capacity_estimate(model, engine, gpu_bytes)
+    simulated = {
+        name: simulate(
+            model, engine.ranks, capacity, stream(name), chunk_tokens=engine.chunk_tokens
+        )
+        for name in STREAMS
+    }
+    return Foreseen(ranks, capacity, simulated)
+
+
+def show(foreseen: Foreseen) -> None:
+    """A row for each rank; a column for each stream."""
+    streams = foreseen.simulated
+    table = Table("rank", "layers", "weights", "busy at most", *streams)
+    for index, rank in enumerate(foreseen.ranks):
+        table.add_row(
+            str(index),
+            f"{rank.first_layer} to {rank.last_layer}",
+            f"{rank.weights / _GIB:,.1f} GiB",
+            f"{rank.busy:.0%}",
+            *(f"{each.steady[index]:.0%}" for each in streams.values()),
+        )
+    rates = (f"{each.requests / each.seconds:,.2f}/s" for each in streams.values())
+    table.add_row("all", "", "", "", *rates)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"{foreseen.capacity.slots:,} sequences at once. The last {len(streams)} columns are "
+        "simulated, at the speed of the README's table for one H100; only a run measures."
+    )
