@@ -35,6 +35,8 @@ class EngineConfig:
     random_weights: for measuring only: nothing is read from `checkpoint` but its JSON files.
     threads: CPU threads of each rank. None: the cores divided by `ranks`; with one rank, which
         runs inside the calling process, whatever is set there.
+    hang_seconds: how long a rank in a process of its own may give no answer, or come no further,
+        before it is given up for hung; vital_signs.py has the rule. Not how long work may take.
 
     Raises ConfigError for a value outside these.
     """
@@ -54,6 +56,8 @@ class EngineConfig:
     ahead: bool | None = None
     random_weights: bool = False
     threads: int | None = None
+    # A part of a layer takes a GPU 0.1 s at most, but the first one waits for Triton to compile it.
+    hang_seconds: int = 45
 
     def __post_init__(self) -> None:
         for field in ("device", "dtype", "quantization"):
@@ -64,6 +68,7 @@ class EngineConfig:
         # One block of a prompt always fits beside the decode tokens, or prompts could starve.
         _expect_at_least("chunk_tokens", self.chunk_tokens, 2 * BLOCK_TOKENS)
         _expect_at_least("tokens_per_sequence", self.tokens_per_sequence, 1)
+        _expect_at_least("hang_seconds", self.hang_seconds, 2)
         for name in ("max_sequences", "cache_bytes", "threads"):
             if getattr(self, name) is not None:
                 _expect_at_least(name, getattr(self, name), 1)

@@ -2,8 +2,8 @@
 
 Besides these: Image, Microbatch, Masks and Sampled.
 A rank first gets a Start and answers with its Room; it then gets the Capacity and answers Ready.
-Busy comes now and then, between all others. A rank without memory says OutOfMemory; upon that all
-get a Forget and answer Forgotten.
+A rank without memory says OutOfMemory; upon that all get a Forget and answer Forgotten. AreYouThere
+is answered at any time, past all that the rank has still to do.
 """
 
 from dataclasses import dataclass
@@ -33,10 +33,21 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Busy:
-    """How long the rank has computed since it was ready, in seconds."""
+class AreYouThere:
+    """Asked now and then of a rank that is waited for."""
 
-    seconds: float
+
+@dataclass(frozen=True)
+class Alive:
+    """doing: in words. progress: changes as long as the rank comes on; None while that cannot be
+    seen: it starts, or loads its layers. waits: for another rank, or for work.
+    busy_seconds: how long it has computed since it was ready.
+    """
+
+    doing: str
+    progress: int | None
+    waits: bool
+    busy_seconds: float
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,17 @@
 Knows neither how messages come nor how hidden states travel.
 """
 
-import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 
-from model.engine.busy import BusyClock
-from model.engine.messages import Busy, Forget, Forgotten, OutOfMemory
+from model.engine.messages import Forget, Forgotten, OutOfMemory
 from model.engine.microbatch import Image, Microbatch
 from model.engine.passage import Passage
+from model.engine.progress import Progress
 from model.engine.rank import Rank
 from model.engine.transport import Transport
-
-_SECONDS_BETWEEN = 1.0  # two messages that say how busy this rank is
 
 
 class RankLoop:
@@ -35,18 +32,20 @@ class RankLoop:
         transport: Transport,
         next_message: Callable[[], Any],
         tell: Callable[[Any], None],
+        progress: Progress,
     ) -> None:
         self._rank = rank
         self._transport = transport
         self._next_message = next_message
         self._tell = tell
-        self._clock = BusyClock(rank.device)
-        self._told = time.monotonic()
+        self._progress = progress
+        self._clock = progress.follow(rank.decoder, rank.device)
         self._passage: Passage | None = None  # of the newest microbatch
 
     @torch.inference_mode()
     def run(self) -> NoReturn:
         while True:
+            self._progress.at("idle", waits=True)
             message = self._next_message()
             try:
                 self._take(message)
@@ -57,6 +56,7 @@ class RankLoop:
 
     def _take(self, message: Any) -> None:
         if isinstance(message, Image):
+            self._progress.at("computing an image")
             with self._clock.computing():
                 self._rank.take_image(message)
         elif isinstance(message, Microbatch):
@@ -64,30 +64,34 @@ class RankLoop:
         else:
             assert isinstance(message, Forget)
             self._forget()
-        if time.monotonic() - self._told > _SECONDS_BETWEEN:
-            self._tell(Busy(self._clock.seconds))
-            self._told = time.monotonic()
 
     def _compute(self, microbatch: Microbatch) -> None:
         rank, plan = self._rank, microbatch.plan
         self._passage = passage = self._passage_of(microbatch)
+        at, this = self._progress.at, f"microbatch {plan.number}"
+        at(f"computing {this}")
         rank.swap(plan)
+        at(f"waiting for {this} of the rank before", waits=True)
         received = passage.receive()
+        at(f"computing {this}")
         with self._clock.computing():
             hidden_TD = rank.embed(microbatch) if received is None else received
             hidden_TD = rank.forward(hidden_TD, plan)
             scored = rank.score(hidden_TD, microbatch) if rank.decoder.is_last else None
         if scored is None:
+            at(f"handing {this} to the rank after", waits=True)
             passage.send(hidden_TD)
             return
         # They are the next message, and were computed on the way of the microbatch through ranks.
         masks = self._next_message() if microbatch.constrained else None
         with self._clock.computing():
             sampled = rank.sample(scored, masks)
+        at(f"waiting for its GPU to finish {this}", waits=True)
         self._tell(sampled.wait())
 
     def _sit_out(self, shortage: str) -> None:
         self._tell(OutOfMemory(shortage))
+        self._progress.at("waiting for word that it need not go on, out of memory", waits=True)
         passages = [self._passage] if self._passage else []
         while not isinstance(message := self._next_message(), Forget):
             if isinstance(message, Microbatch):

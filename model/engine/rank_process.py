@@ -8,9 +8,10 @@ from contextlib import suppress
 from typing import Any
 
 from model.engine.config import EngineConfig
-from model.engine.messages import Busy, Failed, OutOfMemory, Start
+from model.engine.messages import Alive, AreYouThere, Failed, OutOfMemory, Start
 from model.engine.rank_host import RankHost
 from model.engine.transport import MeetingPoint
+from model.engine.vital_signs import VitalSigns
 from schemas.errors import ConfigError
 
 
@@ -21,12 +22,13 @@ class RankProcess:
         self, config: EngineConfig, rank: int, host: RankHost, meeting_point: MeetingPoint
     ) -> None:
         self.inbox: deque[Any] = deque()
-        self.busy_seconds = 0.0  # that it computed, as far as it has told
+        self.signs = VitalSigns()
+        self._asked = False
         self.shortage: str | None = None  # why it computes nothing until it has forgotten all
         self.failure: Failed | ConfigError | None = None
         self.failed_at: float | None = None
         self.ended = False
-        self.name = f"rank {rank} of {config.ranks}"
+        self._name = f"rank {rank} of {config.ranks}"
         self._exit_code: int | None = None
         self._channel, self._process = host.start()
         log_level = logging.getLogger(__name__).getEffectiveLevel()
@@ -41,6 +43,11 @@ class RankProcess:
         return self._process.pid
 
     @property
+    def busy_seconds(self) -> float:
+        """That it computed, as far as it has told."""
+        return self.signs.last.busy_seconds if self.signs.last else 0.0
+
+    @property
     def killed(self) -> bool:
         """Was it ended by a signal, not by itself?"""
         return (self._exit_code or 0) < 0
@@ -49,6 +56,12 @@ class RankProcess:
         """Send a message. One to a process that is gone is dropped: `listen` will notice."""
         with suppress(OSError):
             self._channel.send(message)
+
+    def ask(self) -> None:
+        """Whether it is there, unless that has been asked and not answered."""
+        if not self._asked:
+            self._asked = True
+            self.tell(AreYouThere())
 
     def listen(self) -> None:
         """Wait for the next message, or for its failure, or for its end."""
@@ -59,8 +72,9 @@ class RankProcess:
             self.failed_at = self.failed_at or time.monotonic()
             self.join(1.0)
             return
-        if isinstance(message, Busy):
-            self.busy_seconds = message.seconds
+        if isinstance(message, Alive):
+            self._asked = False
+            self.signs.heard(message)
         elif isinstance(message, Failed | ConfigError):
             self.failure, self.failed_at = message, time.monotonic()
         elif isinstance(message, OutOfMemory):
@@ -75,7 +89,10 @@ class RankProcess:
         if self.killed:
             how = f"was killed by {signal.Signals(-(code or 0)).name}"
         detail = f":\n{self.failure.traceback}" if isinstance(self.failure, Failed) else ""
-        return f"{self.name} ({self._process.name}) {how}{detail}"
+        return f"{self} {how}{detail}"
+
+    def __str__(self) -> str:
+        return f"{self._name} ({self._process.name})"
 
     def hang_up(self) -> None:
         """Close the channel, upon which the process ends itself."""

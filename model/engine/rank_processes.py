@@ -15,9 +15,11 @@ from model.engine.rank_host import Hosts, RankHost, ThisHost
 from model.engine.rank_process import RankProcess
 from model.engine.sampling import Masks
 from model.engine.transport import MeetingPoint, meeting_store
+from model.engine.vital_signs import hung
 from schemas.errors import ConfigError, EngineError, OutOfMemoryError
 
 _SECONDS_TO_END = 5.0  # what a rank gets to end by itself before it is killed
+_SECONDS_BETWEEN = 1.0  # two times that the ranks are asked whether they are there
 _SECONDS_TO_EXPLAIN = 2.0  # after a failure: for those it takes along, so that all are named
 
 
@@ -26,9 +28,9 @@ class RankProcesses:
 
     hosts: None starts them on this machine, rank r with GPU r.
     Takes microbatches with `submit` and hands back their tokens with `receive`, in order.
-    Both it and `forget` raise EngineError once a rank has failed or died, with its exit code and
-    traceback, or the ranks are closed. So does the start, with ConfigError when a rank found the
-    checkpoint or the memory wanting.
+    Both it and `forget` raise EngineError once a rank has failed, died or hung, with its exit code
+    and traceback, or the ranks are closed. So does the start, with ConfigError when a rank found
+    the checkpoint or the memory wanting.
     """
 
     def __init__(self, config: EngineConfig, hosts: Hosts | None = None) -> None:
@@ -36,6 +38,8 @@ class RankProcesses:
         self._folder = tempfile.TemporaryDirectory(prefix="vl01-ranks-")
         self._store = meeting_store(hosts.address) if hosts else None
         self._ranks: list[RankProcess] = []
+        self._patience = config.hang_seconds
+        self._asked = time.monotonic()  # when the ranks were last asked whether they are there
         try:
             self._start(config, hosts.hosts if hosts else _on_this_machine(config))
             rooms = [self._hear(rank) for rank in self._ranks]
@@ -77,7 +81,7 @@ class RankProcesses:
         while True:
             for rank in self._ranks:
                 if rank.shortage:
-                    raise OutOfMemoryError(f"{rank.name} is out of memory: {rank.shortage}")
+                    raise OutOfMemoryError(f"{rank} is out of memory: {rank.shortage}")
             if last.inbox and not self._error:
                 return last.inbox.popleft()
             self._listen()
@@ -118,13 +122,32 @@ class RankProcesses:
         return rank.inbox.popleft()
 
     def _listen(self) -> None:
-        """Wait until any rank has said something. The end of any of them is a failure."""
+        """Wait for a while until any rank has said something. The end of any of them is a failure,
+        and so is that it hangs."""
         if self._error:
             raise self._error
-        for speaking in _speaking(self._ranks):
+        started = time.monotonic()
+        if started - self._asked > _SECONDS_BETWEEN:
+            self._asked = started
+            for rank in self._ranks:
+                rank.ask()
+        for speaking in _speaking(self._ranks, _SECONDS_BETWEEN):
             speaking.listen()
         if any(rank.failed_at for rank in self._ranks):
             self._fail()
+        # Not what passed while all processes of this machine, or its container, were halted.
+        waited = min(time.monotonic() - started, 2 * _SECONDS_BETWEEN)
+        for rank in self._ranks:
+            rank.signs.passed(waited)
+        if found := hung([rank.signs for rank in self._ranks], self._patience):
+            self._end_hung({self._ranks[index]: how for index, how in found.items()})
+
+    def _end_hung(self, found: dict[RankProcess, str]) -> NoReturn:
+        self._error = EngineError("\n".join(f"{rank} hangs: {how}" for rank, how in found.items()))
+        for rank in found:
+            rank.kill()  # it would not end by itself
+        self.close()
+        raise self._error
 
     def _fail(self) -> NoReturn:
         """Hear out the ranks that are ending, end the others, and raise what happened."""

@@ -4,7 +4,6 @@ Answers the requests of a Renderer, one at a time. What it reads is hostile: it 
 late, dies when it takes too much memory, and ends with its parent. Imports neither ray nor torch.
 """
 
-import ctypes
 import io
 import json
 import os
@@ -17,12 +16,12 @@ from typing import Any
 
 from PIL import Image
 
+from model.child import die_with_parent
 from pipeline.render.pdf import Pdf
 from pipeline.render.settings import PageSettings
 from pipeline.render.tiff import Tiff
 from schemas.errors import Reason, RowError
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ANY_GRID = ((336, 336),)  # which one makes no difference to a decoder
 _ANY_SIZE = 2**63  # bytes: whoever read the file has looked at that
@@ -33,7 +32,7 @@ Answer = tuple[dict[str, Any], bytes]
 
 
 def main() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent decides
     settings = PageSettings(**json.loads(sys.argv[2]))
     resource.setrlimit(resource.RLIMIT_AS, (settings.memory_bytes, settings.memory_bytes))

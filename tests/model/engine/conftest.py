@@ -1,5 +1,6 @@
 """A tiny random checkpoint, requests for it, and the slow twin of the engine."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from model.config import VL01Config, load_config
 from model.decoder import Decoder
+from model.engine import rank_host
 from model.engine.sampling import Draw, choose, uniform
 from model.inputs.tiling import choose_layout
 from model.layers.memory import LayerMemory, block_bytes, slot_bytes
@@ -16,6 +18,19 @@ from model.layers.ragged import BLOCK_TOKENS, RaggedBatch
 from model.nano.random_checkpoint import write_random_checkpoint
 from model.weights.checkpoint import load_decoder
 from schemas.requests import Request, Sampling
+from tests.model.engine import troubled_worker
+from tests.model.engine.troubled_worker import Trouble
+
+
+@pytest.fixture
+def trouble(monkeypatch) -> Callable[..., None]:
+    """Takes what the ranks of engines made from now on will meet; troubled_worker.py says how."""
+
+    def meet(*troubles: Trouble) -> None:
+        monkeypatch.setattr(rank_host, "WORKER", troubled_worker.NAME)
+        monkeypatch.setenv("TROUBLES", json.dumps(troubles))
+
+    return meet
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,9 @@ import re
 
 import pytest
 
-from model.engine import rank_host
 from model.engine.config import EngineConfig
 from model.engine.engine import Engine
 from schemas.errors import OutOfMemoryError
-from tests.model.engine import troubled_worker
 from tests.model.engine.conftest import text_request, token_ids
 
 pytestmark = pytest.mark.slow
@@ -18,15 +16,6 @@ pytestmark = pytest.mark.slow
 EVERY = ALWAYS = None
 PROMPT = 65  # tokens; the requests are too few to decode as many in a microbatch
 ANY = 0
-
-
-@pytest.fixture
-def trouble(monkeypatch):
-    def meet(*troubles: troubled_worker.Trouble) -> None:
-        monkeypatch.setattr(rank_host, "WORKER", troubled_worker.NAME)
-        monkeypatch.setenv("TROUBLES", json.dumps(troubles))
-
-    return meet
 
 
 def _config(checkpoint, ranks: int, **settings) -> EngineConfig:
@@ -38,20 +27,20 @@ def test_ranks_short_of_memory_start_over_together_wherever_and_whenever_one_is(
     checkpoint, requests, expected, trouble, caplog
 ):
     trouble(
-        (0, 0, "take_image", ANY, 5),
-        (1, 1, "forward", PROMPT, 1),
-        (2, 2, "sample", ANY, 10),
-        (3, 1, "receive", PROMPT, 1),
-        (4, 0, "embed", ANY, 12),
-        (5, 2, "receive", ANY, 9),
-        (6, 1, "forward", ANY, 30),
+        ("memory", 0, 0, "take_image", ANY, 5),
+        ("memory", 1, 1, "forward", PROMPT, 1),
+        ("memory", 2, 2, "sample", ANY, 10),
+        ("memory", 3, 1, "receive", PROMPT, 1),
+        ("memory", 4, 0, "embed", ANY, 12),
+        ("memory", 5, 2, "receive", ANY, 9),
+        ("memory", 6, 1, "forward", ANY, 30),
     )
     with Engine(_config(checkpoint, 3, chunk_tokens=16384)) as engine:
         pids = engine.rank_pids
         assert token_ids(list(engine.generate(requests))) == expected
         assert engine.rank_pids == pids
-    found = re.findall(r"rank (\d) of 3 is out of memory: injected in (\w+); going on with chunk_"
-                       r"tokens (\d+)", caplog.text)  # fmt: skip
+    said = r"rank (\d) .* is out of memory: injected in (\w+); going on with chunk_tokens (\d+)"
+    found = re.findall(said, caplog.text)
     assert found == [
         ("0", "take_image", "8192"),
         ("1", "forward", "4096"),
@@ -72,9 +61,9 @@ def test_masks_for_what_is_not_computed_any_more_are_for_nothing_else(checkpoint
     with Engine(_config(checkpoint, 1)) as engine:
         expected = token_ids(list(engine.generate(held)))
     trouble(
-        (0, 1, "forward", ANY, 1),
-        (1, 1, "sample", ANY, 4),
-        (2, 0, "forward", ANY, 7),
+        ("memory", 0, 1, "forward", ANY, 1),
+        ("memory", 1, 1, "sample", ANY, 4),
+        ("memory", 2, 0, "forward", ANY, 7),
     )
     with Engine(_config(checkpoint, 2, chunk_tokens=1024)) as engine:
         assert token_ids(list(engine.generate(held))) == expected
@@ -84,19 +73,19 @@ def test_masks_for_what_is_not_computed_any_more_are_for_nothing_else(checkpoint
 def test_ranks_that_run_out_of_memory_at_the_same_time_start_over_once(
     checkpoint, requests, expected, trouble, caplog
 ):
-    trouble(*((ALWAYS, rank, "forward", 200, EVERY) for rank in range(3)))
+    trouble(*(("memory", ALWAYS, rank, "forward", 200, EVERY) for rank in range(3)))
     with Engine(_config(checkpoint, 3, chunk_tokens=512)) as engine:
         assert token_ids(list(engine.generate(requests))) == expected
     assert re.findall(r"chunk_tokens (\d+) instead", caplog.text) == ["256", "128"]
 
 
 def test_ranks_that_cannot_shrink_further_say_what_they_lack_and_end(checkpoint, trouble):
-    trouble((ALWAYS, 1, "forward", ANY, EVERY))
+    trouble(("memory", ALWAYS, 1, "forward", ANY, EVERY))
     with Engine(_config(checkpoint, 2, chunk_tokens=300)) as engine:
         engine.add(text_request("any", 5))
         with pytest.raises(
             OutOfMemoryError,
-            match="rank 1 of 2 is out of memory: injected in forward; microbatches of 150 tokens "
-            "cannot be halved again: use more ranks",
+            match=r"rank 1 of 2 \(pid \d+\) is out of memory: injected in forward; microbatches of "
+            "150 tokens cannot be halved again: use more ranks",
         ):
             list(engine.generate([]))

@@ -27,7 +27,7 @@ def _config(checkpoint, ranks: int, **settings) -> EngineConfig:
     return EngineConfig(str(checkpoint), device="cpu", ranks=ranks, **settings)
 
 
-def _gone(pids: list[int], within: float = 10.0) -> bool:
+def gone(pids: list[int], within: float = 10.0) -> bool:
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
         if not any(_alive(pid) for pid in pids):
@@ -47,7 +47,7 @@ def test_four_ranks_give_the_tokens_of_one(checkpoint, requests, expected):
     with Engine(_config(checkpoint, 4)) as engine:
         pids = engine.rank_pids
         assert token_ids(list(engine.generate(requests))) == expected
-    assert _gone(pids, within=1.0)
+    assert gone(pids, within=1.0)
 
 
 class ByTCP:
@@ -81,7 +81,7 @@ def test_ranks_that_are_reached_and_meet_by_tcp_give_the_same_tokens_and_leave_n
         os.kill(pids[1], signal.SIGKILL)
         with pytest.raises(EngineError, match=rf"^rank 1 of 2 \(pid {pids[1]}\) was killed by"):
             list(engine.generate([]))
-    assert _gone(pids, within=1.0)
+    assert gone(pids, within=1.0)
 
 
 def test_every_rank_says_how_long_it_has_computed(checkpoint, requests):
@@ -116,7 +116,7 @@ def test_ranks_outlive_the_thread_that_made_the_engine_and_a_dead_one_is_named(
     with pytest.raises(EngineError, match=rf"^rank 1 of 2 \(pid {pids[1]}\) was killed by SIGKILL"):
         list(engine.generate([]))
     assert time.monotonic() - started < 8
-    assert _gone(pids, within=1.0)
+    assert gone(pids, within=1.0)
     with pytest.raises(EngineError, match="rank 1 of 2"):
         engine.step()
     engine.close()
@@ -174,4 +174,4 @@ time.sleep(60)
         assert len(pids) == 2
         assert all(map(_alive, pids))
         coordinator.kill()
-        assert _gone(pids)
+        assert gone(pids)

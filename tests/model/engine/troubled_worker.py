@@ -1,13 +1,16 @@
 """A rank process that meets trouble, for tests: `python -m tests.model.engine.troubled_worker FD`.
 
-TROUBLES in its environment is JSON, a list of [starts, rank, method, tokens, nth]: once the rank
-has started over so many times, the nth such call of the method with a microbatch of at least
-`tokens` raises torch.OutOfMemoryError, after it has changed the rank's memory, but before it has
-received anything. None for any number of starts, or for every call.
+TROUBLES in its environment is JSON, a list of [what, starts, rank, method, tokens, nth]: once the
+rank has started over so many times, the nth such call of the method with a microbatch of at least
+`tokens` meets it. None for any number of starts, or for every call. What:
+memory: torch.OutOfMemoryError, after the rank's memory is changed, before anything is received;
+stuck: it never returns, as with a kernel that does not end; slow: it takes SLOW_SECONDS;
+lost: it does not happen, as if what was sent never arrived.
 """
 
 import json
 import os
+import time
 from collections import Counter
 from functools import wraps
 from typing import Any
@@ -20,8 +23,9 @@ from model.engine.rank_loop import RankLoop
 from model.engine.transport import Transport
 
 NAME = "tests.model.engine.troubled_worker"
+SLOW_SECONDS = 15
 
-Trouble = tuple[int | None, int, str, int, int | None]
+Trouble = tuple[str, int | None, int, str, int, int | None]
 
 
 class Troubles:
@@ -31,8 +35,9 @@ class Troubles:
         self._rank = -1
         self._starts = 0
         for method in ("take_image", "swap", "embed", "forward", "score", "sample"):
-            self._disturb(Rank, method, early=False)
-        self._disturb(Transport, "receive", early=True)
+            self._disturb(Rank, method)
+        for method in ("receive", "send"):
+            self._disturb(Transport, method)
         self._listen(Rank, "__init__", self._born)
         self._listen(RankLoop, "_forget", self._started_over)
 
@@ -51,27 +56,41 @@ class Troubles:
 
         setattr(kind, method, listened_to)
 
-    def _disturb(self, kind: type, method: str, *, early: bool) -> None:
+    def _disturb(self, kind: type, method: str) -> None:
         original = getattr(kind, method)
 
         @wraps(original)
         def disturbed(*arguments: Any) -> Any:
-            if early:
-                self._raise(method, arguments)
-            result = original(*arguments)
-            if not early:
-                self._raise(method, arguments)
+            trouble = self._trouble(method, arguments)
+            if trouble == "lost":
+                return None
+            if trouble != "memory" or kind is not Transport:
+                result = original(*arguments)
+            if trouble == "memory":
+                raise torch.OutOfMemoryError(f"injected in {method}")
+            if trouble == "stuck":
+                time.sleep(3600)
+            if trouble == "slow":
+                _compute_for(SLOW_SECONDS)
             return result
 
         setattr(kind, method, disturbed)
 
-    def _raise(self, method: str, arguments: tuple[Any, ...]) -> None:
-        for n, (starts, rank, where, least, nth) in enumerate(self._troubles):
+    def _trouble(self, method: str, arguments: tuple[Any, ...]) -> str | None:
+        for n, (what, starts, rank, where, least, nth) in enumerate(self._troubles):
             here = (rank, where) == (self._rank, method) and starts in (None, self._starts)
             if here and _tokens(method, arguments) >= least:
                 self._calls[n] += 1
                 if nth in (None, self._calls[n]):
-                    raise torch.OutOfMemoryError(f"injected in {method}")
+                    return what
+        return None
+
+
+def _compute_for(seconds: float) -> None:
+    until = time.monotonic() + seconds
+    x = torch.ones(500, 500)
+    while time.monotonic() < until:
+        x = x @ x / 500
 
 
 def _tokens(method: str, arguments: tuple[Any, ...]) -> int:
@@ -90,6 +109,8 @@ def _tokens(method: str, arguments: tuple[Any, ...]) -> int:
             return scored.microbatch.plan.tokens
         case "receive", (_, tokens, *_):
             return tokens
+        case "send", (_, hidden_TD):
+            return len(hidden_TD)
     raise NotImplementedError(method)
 
 

@@ -1,0 +1,54 @@
+"""How far a rank has come, for a coordinator that asks whether it still comes on."""
+
+import threading
+import time
+from typing import Any
+
+import torch
+
+from model.decoder import Decoder
+from model.engine.busy import BusyClock
+from model.engine.messages import Alive
+
+_CPU_SECONDS = 0.1  # a step; a thread that waits for ever uses none
+
+
+class Progress:
+    """Written by the thread that works, read by the one that answers. See vital_signs.py."""
+
+    def __init__(self) -> None:
+        self._doing, self._waits = "starting", False
+        self._steps = 0
+        self._clock: BusyClock | None = None  # None until there is progress to be seen
+
+    def follow(self, decoder: Decoder, device: torch.device) -> BusyClock:
+        """Count from now on what this clock measures, the parts of layers, and on CPU the time that
+        the calling thread uses."""
+        layers = list(decoder.layers.values())
+        modules = [*layers, *(part for layer in layers for part in layer.children())]
+        if decoder.is_first:
+            modules += decoder.vision_tower.layers
+        for module in modules:
+            module.register_forward_hook(self._step)
+        self._thread = time.pthread_getcpuclockid(threading.get_ident())
+        self._clock = BusyClock(device)
+        return self._clock
+
+    def at(self, doing: str, *, waits: bool = False) -> None:
+        """doing: in words. waits: for another rank, or for work."""
+        self._doing, self._waits = doing, waits
+        self._steps += 1
+
+    def alive(self) -> Alive:
+        clock = self._clock
+        if clock is None:
+            return Alive(self._doing, None, waits=True, busy_seconds=0.0)
+        seconds, progress = clock.seconds, self._steps + clock.finished
+        if not clock.on_cuda:
+            progress += int(time.clock_gettime(self._thread) / _CPU_SECONDS)
+        # The host may be done with what its device computes.
+        waits = self._waits and not clock.device_computes
+        return Alive(self._doing, progress, waits, seconds)
+
+    def _step(self, *_: Any) -> None:
+        self._steps += 1
