@@ -1,5 +1,6 @@
 """What a command says at its end: results on standard output, what went wrong on standard error."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -43,6 +44,7 @@ def summary(result: Summary) -> None:
             "tokens": f"{result.prompt_tokens:,} read, {result.output_tokens:,} written",
             "time": _time(result),
             "stages": _stages(result),
+            "ranks": _ranks(result),
         }
     else:
         facts["rows"] = "nothing was left to do"
@@ -122,6 +124,18 @@ def _time(result: Summary) -> str:
 def _stages(result: Summary) -> str:
     busy = ", ".join(f"{stage} {seconds:,.1f} s" for stage, seconds in result.stage_seconds.items())
     return f"{busy} (busy time, summed over workers)" if busy else ""
+
+
+def _ranks(result: Summary) -> str:
+    if len(result.rank_busy) < 2:
+        return ""
+    at_most = _shares(result.rank_busy_at_most)
+    foretold = f"; foretold at most {at_most}" if at_most else ""
+    return f"busy {_shares(result.rank_busy)} of the time since the model was loaded{foretold}"
+
+
+def _shares(shares: Iterable[float]) -> str:
+    return ", ".join(f"{share:.0%}" for share in shares)
 
 
 def verification(found: "Verification") -> None:

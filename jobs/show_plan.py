@@ -117,7 +117,7 @@ def split_of(ranks: Sequence[RankEstimate]) -> str:
     """Who holds which layers, with how much of what."""
     parts = [
         f"layers {rank.first_layer} to {rank.last_layer} with {rank.weights / _GIB:,.1f} GiB of "
-        f"weights, busy at most {rank.busy:.0%}"
+        f"weights{'' if rank.busy is None else f', busy at most {rank.busy:.0%}'}"
         for rank in ranks
     ]
     return f"{len(ranks)} in a replica: {'; '.join(parts)}"

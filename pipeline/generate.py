@@ -74,10 +74,12 @@ class Generate:
                 )
             ]
             batch.work()
-        seconds = self.replica.take_busy_seconds() / max(1, len(rows))
+        used, share = self.replica.take_used(), 1 / max(1, len(rows))
         for row, answer in zip(rows, answers, strict=True):
             row |= _not_asked(row) if answer is None else _answered(row, answer.result())
-            row["generate_seconds"] = seconds
+            row["generate_seconds"] = used.stepping * share
+            row["replica_seconds"] = used.clock * share
+            row["rank_seconds"] = [seconds * share for seconds in used.ranks]
         return add_columns(prepared.drop_columns(list(_AS_TILED)), rows, self.schema)
 
     def _key(self, row: dict[str, Any]) -> str:

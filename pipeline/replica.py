@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import zip_longest
 
 from model.engine.config import EngineConfig
 from model.engine.engine import Engine
@@ -23,6 +25,24 @@ logger = logging.getLogger(__name__)
 
 START_TRIES = 3
 START_WAIT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Used:
+    """Seconds of a replica. stepping: in steps of its engine. clock: all, from when the model was
+    loaded to the last step. ranks: that each of them computed, as far as they have told."""
+
+    stepping: float = 0.0
+    clock: float = 0.0
+    ranks: tuple[float, ...] = ()
+
+    def since(self, before: "Used") -> "Used":
+        ranks = zip_longest(self.ranks, before.ranks, fillvalue=0.0)
+        return Used(
+            self.stepping - before.stepping,
+            self.clock - before.clock,
+            tuple(now - then for now, then in ranks),
+        )
 
 
 class Replica:
@@ -43,7 +63,8 @@ class Replica:
         self._canary = canary
         self._inbox: queue.SimpleQueue[tuple[Request, Future[Result]]] = queue.SimpleQueue()
         self._waiting: dict[str, Future[Result]] = {}
-        self._busy_seconds = 0.0
+        self._used = self._taken = Used()
+        self._ready_at = 0.0
         self._lock = threading.Lock()
         self._ready: Future[None] = Future()
         threading.Thread(target=self._run, args=(config, hosts), name="engine", daemon=True).start()
@@ -59,11 +80,11 @@ class Replica:
         self._inbox.put((request, answer))
         return answer
 
-    def take_busy_seconds(self) -> float:
-        """Seconds the engine computed since the last call of this."""
+    def take_used(self) -> Used:
+        """Since the last call of this; at first, since the model was loaded."""
         with self._lock:
-            seconds, self._busy_seconds = self._busy_seconds, 0.0
-        return seconds
+            before, self._taken = self._taken, self._used
+        return self._taken.since(before)
 
     def _run(self, config: EngineConfig, hosts: Callable[[], Hosts] | None) -> None:
         try:
@@ -74,6 +95,7 @@ class Replica:
             self._ready.set_exception(error)
             return
         metrics = ReplicaMetrics(engine)
+        self._taken, self._ready_at = Used(ranks=engine.rank_busy_seconds), time.monotonic()
         self._ready.set_result(None)
         try:
             while True:
@@ -108,7 +130,11 @@ class Replica:
         results = engine.step()
         seconds = time.perf_counter() - started
         with self._lock:
-            self._busy_seconds += seconds
+            self._used = Used(
+                self._used.stepping + seconds,
+                time.monotonic() - self._ready_at,
+                engine.rank_busy_seconds,
+            )
         for result in results:
             if not (self._canary and self._canary.take(result)):
                 self._waiting.pop(result.id).set_result(result)

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from types import MappingProxyType
 
 import pyarrow as pa
@@ -44,6 +45,8 @@ class Tally:
         self._reasons: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()  # by reason, of the rows that were generated
         self._stage_seconds: dict[str, float] = dict.fromkeys((*_TIMED_BY_ROW, "commit"), 0.0)
+        self._replica_seconds = 0.0  # of all replicas, from when each had loaded the model
+        self._rank_seconds: tuple[float, ...] = ()  # of them, that the ranks of each place computed
         self._copied = 0  # rows, from identical images
         self._prompt_tokens = 0
         self._output_tokens = 0
@@ -54,6 +57,10 @@ class Tally:
         self._start_seconds = self._start_seconds or time.monotonic() - self._started
         for stage in _TIMED_BY_ROW:
             self._stage_seconds[stage] += sum(_known(rows[f"{stage}_seconds"]))
+        self._replica_seconds += sum(_known(rows["replica_seconds"]))
+        for seconds in _known(rows["rank_seconds"]):
+            both = zip_longest(self._rank_seconds, seconds, fillvalue=0.0)
+            self._rank_seconds = tuple(before + more for before, more in both)
         self._copied += sum(_known(rows["copied"]))
         failed = rows.filter(rows["text"].is_null())
         self._failures.update(failed["reason"].to_pylist())
@@ -140,8 +147,14 @@ class Tally:
             tiles=self._tiles,
             start_seconds=self._start_seconds,
             foretold=self.foretold,
+            rank_busy=self._rank_busy(),
             changed=dict(self._changed),
         )
+
+    def _rank_busy(self) -> tuple[float, ...]:
+        """The share of the time in which each rank computed, over all replicas."""
+        whole = self._replica_seconds
+        return tuple(seconds / whole for seconds in self._rank_seconds) if whole else ()
 
     def summary(self, ledger: Ledger, committer: Committer, strict: bool) -> Summary:
         """Raises EngineError when units are left: rows of them went missing on the way."""
@@ -161,6 +174,8 @@ class Tally:
             output_tokens=self._output_tokens,
             seconds=time.monotonic() - self._started,
             stage_seconds=self._stage_seconds,
+            rank_busy=self._rank_busy(),
+            rank_busy_at_most=self.foretold.rank_busy if self.foretold else (),
             growth=self.growth,
             failed_in_all=ledger.failed_rows() if strict else None,
             random_weights=ledger.job["job"]["random_weights"],

@@ -66,13 +66,13 @@ class RankEstimate:
     """One rank of a replica: its layers, and the bytes of its weights.
 
     busy: the share of time in which it computes if the slowest rank always does, for photographs
-    of 640x480 with answers of 128 tokens; no rank is busier in a steady run.
+    of 640x480 with answers of 128 tokens; no rank is busier in a steady run. None on CPU.
     """
 
     first_layer: int
     last_layer: int
     weights: int
-    busy: float
+    busy: float | None
 
 
 @dataclass(frozen=True)

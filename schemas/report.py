@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from schemas.errors import LedgerError
 from schemas.ledger import Growth
@@ -16,6 +16,8 @@ class Summary:
 
     stage_seconds: busy seconds of each stage, summed over its workers; read, prepare and commit
     overlap with generate, so they add up to more than `seconds`, which is the clock on the wall.
+    rank_busy: the share of the time since the model was loaded in which each rank of a replica
+    computed, and the most it could; empty where that is not known.
     """
 
     output: str
@@ -27,6 +29,8 @@ class Summary:
     output_tokens: int = 0
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    rank_busy: tuple[float, ...] = ()
+    rank_busy_at_most: tuple[float, ...] = ()
     growth: Growth | None = None  # what the plan grew by, where the job says so
     failed_in_all: int | None = None  # failed rows of every run; counted for a strict job only
     random_weights: bool = False
@@ -52,7 +56,7 @@ class Foretold:
     """What a plan made right before a run said of it. failed: rows without a usable image.
 
     seconds: None where no speed was known; speed: where it came from. exact: every header was
-    read.
+    read. rank_busy: the most that each rank of a replica can be, see RankEstimate.
     """
 
     rows: int
@@ -63,6 +67,7 @@ class Foretold:
     seconds: float | None = None
     gpu_hours: float | None = None
     speed: str | None = None
+    rank_busy: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class RunRecord:
     """_vl01/runs/<run>.json: what one run did, also one that was stopped before its end.
 
     start_seconds: until the first rows came: Ray's start, the model's loading.
+    rank_busy: as in Summary.
     changed: keys of the dataset's job that were others for the rows of this run, a retry.
     rows: those it did, by what came out; a retry may have left an older answer in their place. A
     run that was killed leaves no record; the commit records still tell what it committed and when.
@@ -88,6 +94,7 @@ class RunRecord:
     tiles: int = 0
     foretold: Foretold | None = None
     start_seconds: float = 0.0
+    rank_busy: tuple[float, ...] = ()
     changed: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
@@ -101,10 +108,15 @@ class RunRecord:
             if values["hardware"] is not None:
                 values["hardware"] = Hardware(**values["hardware"])
             if values.get("foretold") is not None:
-                values["foretold"] = Foretold(**values["foretold"])
-            return cls(**values)
+                values["foretold"] = Foretold(**_with_tuple(values["foretold"]))
+            return cls(**_with_tuple(values))
         except (ValueError, TypeError, KeyError) as error:
             raise LedgerError(f"{where} is not the record of a run: {error}") from error
+
+
+def _with_tuple(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists only, and older records no such key."""
+    return values | {"rank_busy": tuple(values.get("rank_busy", ()))}
 
 
 @dataclass(frozen=True)
@@ -131,7 +143,7 @@ class RunFigures:
     """One run as the report tells it. hardware and stage_seconds: empty of a run that was killed.
 
     seconds: on the wall, loading the model included; to its last commit if it was killed.
-    failed, tiles, start_seconds, foretold: of runs that left a record.
+    failed, tiles, start_seconds, foretold, rank_busy: of runs that left a record.
     """
 
     run: str
@@ -147,6 +159,7 @@ class RunFigures:
     tiles: int = 0
     start_seconds: float = 0.0
     foretold: Foretold | None = None
+    rank_busy: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

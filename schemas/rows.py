@@ -74,7 +74,11 @@ GENERATED = pa.schema(
         ("prepare_seconds", pa.float32()),
         *_ANSWER,
         ("copied", pa.bool_()),  # from a row with the same image; null if the model was not asked
+        # A row's share of what its replica took: of the time in steps of the engine, of all time
+        # since it was ready, and of the time in which each rank computed.
         ("generate_seconds", pa.float32()),
+        ("replica_seconds", pa.float32()),
+        ("rank_seconds", pa.list_(pa.float32())),
     ]
 )
 

@@ -66,6 +66,7 @@ def foretold(job: Job, model: Model, source: Source, ledger: Ledger, pending: pa
         seconds=told.time and told.time.seconds,
         gpu_hours=told.time and told.time.gpu_hours,
         speed=told.throughput and told.throughput.origin,
+        rank_busy=tuple(rank.busy for rank in told.ranks if rank.busy is not None),
     )
 
 

@@ -66,11 +66,13 @@ def capacity_estimate(model: VL01Config, engine: EngineConfig, gpu_bytes: int) -
 
 
 def rank_estimates(model: VL01Config, engine: EngineConfig) -> tuple[RankEstimate, ...]:
-    """How the layers are split, and how evenly."""
+    """How the layers are split, and on GPUs how evenly."""
     spans = layer_spans(model, engine.ranks)
-    ranks = zip(spans, _ranks(model, engine, engine.ranks), busy_shares(model, spans), strict=True)
+    ranks = _ranks(model, engine, engine.ranks)
+    busy = busy_shares(model, spans) if engine.on_cuda else (None,) * len(spans)
     return tuple(
-        RankEstimate(span.start, span.stop - 1, rank.weights, busy) for span, rank, busy in ranks
+        RankEstimate(span.start, span.stop - 1, rank.weights, share)
+        for span, rank, share in zip(spans, ranks, busy, strict=True)
     )
 
 

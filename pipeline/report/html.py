@@ -61,6 +61,11 @@ def compared(run: RunFigures, cost: Cost | None) -> list[tuple[str, str, str]]:
         ("Prompt tokens", f"{told.prompt_tokens:,}", f"{run.prompt_tokens:,}"),
         ("Time", "\u2013" if told.seconds is None else clock(told.seconds), clock(run.seconds)),
     ]
+    if len(run.rank_busy) > 1:
+        at_most = told.rank_busy or (None,) * len(run.rank_busy)
+        for rank, (most, busy) in enumerate(zip(at_most, run.rank_busy, strict=False)):
+            foretold = "\u2013" if most is None else f"at most {most:.0%}"
+            lines.append((f"Rank {rank} busy", foretold, f"{busy:.0%}"))
     if run.hardware and run.hardware.gpus:
         measured = run.seconds * run.hardware.gpus / 3600
         hours = told.gpu_hours

@@ -86,6 +86,7 @@ def _recorded(figures: RunFigures, record: RunRecord) -> RunFigures:
         tiles=record.tiles,
         start_seconds=round(record.start_seconds, 1),
         foretold=record.foretold,
+        rank_busy=tuple(round(share, 4) for share in record.rank_busy),
     )
     if record.what == "run":
         return figures

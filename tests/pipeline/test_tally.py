@@ -11,6 +11,7 @@ from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 from pipeline.tally import Tally
 from schemas.errors import EngineError
+from schemas.report import Foretold
 from schemas.rows import GENERATED
 from tests.pipeline.fake_run import job_of, run, write_images
 
@@ -50,6 +51,9 @@ def test_rows_tokens_and_seconds_add_up(tally, ledger):
     row = {"finish_reason": "stop", "prompt_tokens": 90, "output_tokens": 10}
     seconds = {"read_seconds": 0.5, "prepare_seconds": 1.0, "generate_seconds": 2.0}
     bad = {"reason": "decode_error", "read_seconds": 0.5}
+    bad |= {"replica_seconds": 2.0, "rank_seconds": [1.0, 1.75]}
+    seconds |= {"replica_seconds": 1.0, "rank_seconds": [0.75, 1.0]}
+    tally.foretold = Foretold(3, 1, 9, 90, True, rank_busy=(1.0, 0.9))
     tally.generated(pa.Table.from_pylist([row | seconds, row | seconds, bad], schema=GENERATED))
     with tally.committing():
         tally.committed([ledger.record(0), ledger.record(1)], begun=0)
@@ -60,3 +64,5 @@ def test_rows_tokens_and_seconds_add_up(tally, ledger):
     assert (summary.prompt_tokens, summary.output_tokens) == (40, 8)
     assert summary.stage_seconds.pop("commit") >= 0
     assert summary.stage_seconds == {"read": 1.5, "prepare": 2.0, "generate": 4.0}
+    assert summary.rank_busy == (2.5 / 4, 3.75 / 4)
+    assert summary.rank_busy_at_most == (1.0, 0.9)

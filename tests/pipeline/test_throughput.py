@@ -128,9 +128,11 @@ def test_the_report_of_another_output_tells_the_speed_and_what_was_foretold(
     write_run(ledger, "29990101T000000Z-short", seconds=10.0, tokens=10)
     report = write_report(ledger.output).report
     long, _ = report.runs
-    assert long.foretold == Foretold(8, 0, 40, 900, True, 9.0)
+    assert long.foretold == Foretold(8, 0, 40, 900, True, 9.0, rank_busy=(1.0, 0.97))
     page = Path(ledger.output, "_vl01/report.html").read_text()
     assert "Foretold and measured" in page
+    assert long.rank_busy == (0.9, 0.8)
+    assert '>Rank 1 busy</td><td class="n">at most 97%</td><td class="n">80%</td>' in page
     told = found(job(device="cpu"), text, bench=f"{ledger.output}/_vl01/report.json")
     assert told is not None
     # Of the rows and tokens in the commit records: 8 rows of 10 + 2 tokens.
@@ -149,7 +151,8 @@ def write_run(ledger: Ledger, name: str, seconds: float, tokens: int) -> None:
         stage_seconds={},
         hardware=Hardware("cpu", 1, 1, 1),
         tiles=41,
-        foretold=Foretold(8, 0, 40, 900, True, 9.0),
+        foretold=Foretold(8, 0, 40, 900, True, 9.0, rank_busy=(1.0, 0.97)),
+        rank_busy=(0.9, 0.8),
     )
     ledger.write_run(record)
 
