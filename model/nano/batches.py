@@ -47,29 +47,50 @@ PORTRAIT = Sheetform((450, 530), (672, 672), ("invoice", "invoice", "letter", "f
 LANDSCAPE = Sheetform((672, 672), (400, 560), ("table", "form", "text", "invoice"))
 
 
+# The chunks of a page, padded in front, and of a question with its answer, padded behind or cut: by
+# the tiles of the page's layout. 720 chunks are as many pages of each kind as they should be, so
+# that what is compiled for a number of tokens is compiled for two of them, not for each layout.
+# One answer in 20 about a page of 5 tiles is longer, and learnt as far as that.
+_CHUNKS = {2: (20, 6), 3: (30, 9), 5: (40, 12)}
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What is trained on when. tokens: of images in a batch, about; the pages follow from it.
+    """What is trained on when. tokens: of pages in a batch, padding too; their number follows.
 
-    easy: the number of batches, at the start, of mostly slips, and these clean.
+    easy: the number of batches, at the start, of mostly slips, and these clean. vision: batches
+    for the vision tower alone, of so many tiles, without thumbnails and questions.
     """
 
-    tokens: int = 64_000
+    tokens: int = 720 * CHUNK
     easy: int = 300
+    vision: int = 0
 
     def form(self, number: int) -> tuple[Sheetform, Wear]:
         random = Random(f"plan/{number}")
         is_easy = number < self.easy
         wear = Wear(0, 0, 0) if is_easy else Wear()
-        weights = (8, 1, 1, 0) if is_easy else (2, 4, 5, 1)
+        weights = (8, 1, 1, 0) if is_easy else (2, 4, 5, 3)
         return random.choices((SLIP, RECEIPT, PORTRAIT, LANDSCAPE), weights)[0], wear
+
+    def pages(self, layout: Layout) -> int:
+        if self.vision:
+            return max(1, self.vision // (layout.tiles - 1))
+        return max(1, self.tokens // tokens_of_page(layout))
+
+
+def tokens_of_page(layout: Layout) -> int:
+    """Of the prompt up to the image's end, padding included."""
+    return _CHUNKS[layout.tiles][0] * CHUNK
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One question for every page. ids: int64 [B, T], suffix of the prompt, answer, end, then 0.
-    is_answer: bool [B, T], where the next token is to be learnt. places: int64 [B, T], the token
-    of the prompt that shows the character of ids, or -1."""
+    """To read the page, then something else of every page: B is twice the pages.
+
+    ids: int64 [B, T], suffix of the prompt, answer, end, then 0. is_answer: bool [B, T], where the
+    next token is to be learnt. places: int64 [B, T], the token of the prompt that shows the
+    character of ids, or -1."""
 
     ids: Tensor
     is_answer: Tensor
@@ -80,17 +101,18 @@ class Asked:
 @dataclass(frozen=True)
 class Batch:
     """tiles: uint8 [B, tiles, S, S], grey. patches: uint8 [B, P, SLOTS], the classes of what each
-    patch of the grid shows. asked: to read the page, and something else."""
+    patch of the grid shows. asked: None for the vision tower alone; no tile is a thumbnail then."""
 
     tiles: Tensor
     patches: Tensor
-    asked: list[Asked]
+    asked: Asked | None
     layout: Layout
 
     @property
     def tokens(self) -> int:
-        images = self.layout.tokens * len(self.tiles)
-        return images + sum(each.ids.numel() for each in self.asked)
+        if self.asked is None:
+            return self.tiles.shape[:2].numel() * (self.layout.tile // self.layout.patch) ** 2
+        return len(self.tiles) * tokens_of_page(self.layout) + self.asked.ids.numel()
 
     def to(self, device: torch.device | str) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -99,9 +121,8 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        asked = [
-            Asked(change(a.ids), change(a.is_answer), change(a.places), a.tasks) for a in self.asked
-        ]
+        a = self.asked
+        asked = a and Asked(change(a.ids), change(a.is_answer), change(a.places), a.tasks)
         return Batch(change(self.tiles), change(self.patches), asked, self.layout)
 
 
@@ -116,9 +137,9 @@ class Batches(IterableDataset):
         pinpoints: Sequence[tuple[int, int]],
         *,
         start: int = 0,
-        split: str = "train",
     ) -> None:
-        self._plan, self._start, self._split = plan, start, split
+        self._plan, self._start = plan, start
+        self._split = "train vision" if plan.vision else "train"
         self._templates, self._pinpoints = templates, pinpoints
         self._tokenizer = tokenizer
 
@@ -132,7 +153,8 @@ class Batches(IterableDataset):
     def _make(self, number: int, encoder: Answers) -> Batch:
         form, wear = self._plan.form(number)
         random = Random(f"{self._split}/batch/{number}")
-        zoom = random.choice((1.0, 1.0, 1.0, random.uniform(1.1, 1.6)))
+        # Not of slips: what is large and square has more tokens than any page of 5 tiles here.
+        zoom = 1.0 if form is SLIP or random.random() < 0.75 else random.uniform(1.1, 1.6)
         size = round(random.randint(*form.width) * zoom), round(random.randint(*form.height) * zoom)
         pages, tiles, questions = [], [], []
         wanted = 1
@@ -146,14 +168,16 @@ class Batches(IterableDataset):
                 zoom=zoom,
             )
             cut = prepare_image(_bmp(page), self._pinpoints)
-            wanted = max(1, self._plan.tokens // cut.layout.tokens)
+            wanted = self._plan.pages(cut.layout)
             pages.append(page)
             tiles.append(cut)
-            questions.append(self._ask(page, cut, encoder, random))
+            questions.append(() if self._plan.vision else self._ask(page, cut, encoder, random))
         layout = tiles[0].layout
-        grey = torch.from_numpy(np.stack([cut.tiles[..., 0] for cut in tiles]))
+        first = 1 if self._plan.vision else 0
+        grey = torch.from_numpy(np.stack([cut.tiles[first:, ..., 0] for cut in tiles]))
         shown = [_patch_classes(page, cut) for page, cut in zip(pages, tiles, strict=True)]
-        asked = [_assemble(list(rows)) for rows in zip(*questions, strict=True)]
+        rows = [row for rows in zip(*questions, strict=True) for row in rows]
+        asked = _assemble(rows, _CHUNKS[layout.tiles][1] * CHUNK) if rows else None
         return Batch(grey, torch.from_numpy(np.stack(shown)), asked, layout)
 
     def _ask(
@@ -175,18 +199,16 @@ class Batches(IterableDataset):
         return found
 
 
-def _assemble(rows: list[tuple[str, np.ndarray, Encoded, np.ndarray]]) -> Asked:
-    lengths = [len(suffix) + len(answer.token_ids) for _, suffix, answer, _ in rows]
-    length = -(-max(lengths) // CHUNK) * CHUNK
+def _assemble(rows: list[tuple[str, np.ndarray, Encoded, np.ndarray]], length: int) -> Asked:
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     is_answer = torch.zeros(len(rows), length, dtype=torch.bool)
     places = torch.full((len(rows), length), -1, dtype=torch.int64)
     for i, (_, suffix, answer, shown) in enumerate(rows):
-        start, end = len(suffix), len(suffix) + len(answer.token_ids)
+        start, end = len(suffix), min(length, len(suffix) + len(answer.token_ids))
         ids[i, :start] = torch.from_numpy(suffix)
-        ids[i, start:end] = torch.from_numpy(answer.token_ids)
+        ids[i, start:end] = torch.from_numpy(answer.token_ids[: end - start])
         is_answer[i, start - 1 : end - 1] = True
-        places[i, start:end] = torch.from_numpy(shown)
+        places[i, start:end] = torch.from_numpy(shown[: end - start])
     return Asked(ids, is_answer, places, [task for task, *_ in rows])
 
 

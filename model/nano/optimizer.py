@@ -5,7 +5,7 @@ replaced by the orthogonal matrix nearest to it.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz step, 
 _STEPS = 5
 
 # Tables, and the gate, whose rows are not mixed as those of other matrices are.
-_NOT_MATRICES = ("embed", "lm_head", "moe.gate", "heads.")
+_NOT_MATRICES = ("embed_tokens", "position_embedding", "lm_head", "moe.gate", "heads.")
+
+# What may be trained alone: its matrices are not stacked with others.
+_TOWER = ("vision_tower.", "projector.")
 
 
 class Optimizer:
@@ -32,12 +35,12 @@ class Optimizer:
     ) -> None:
         self._matrix_rate, self._other_rate = matrix_rate, other_rate
         self._momentum, self._decay = momentum, decay
-        by_shape: dict[tuple[int, ...], list[tuple[str, nn.Parameter]]] = defaultdict(list)
+        by_shape: dict[tuple, list[tuple[str, nn.Parameter]]] = defaultdict(list)
         others: list[tuple[str, nn.Parameter]] = []
         for name, parameter in named:
             is_matrix = parameter.ndim > 1 and not any(n in name for n in _NOT_MATRICES)
             if is_matrix:
-                by_shape[tuple(parameter.shape[-2:])].append((name, parameter))
+                by_shape[name.startswith(_TOWER), _matrix(parameter)].append((name, parameter))
             else:
                 others.append((name, parameter))
         self._stacks = [_Stack(group) for group in by_shape.values()]
@@ -49,17 +52,17 @@ class Optimizer:
         )
 
     def step(self, rate: float) -> None:
-        """Take the gradients of the weights, and update the weights."""
+        """Take the gradients of the weights, and update the weights that have one."""
         for stack in self._stacks:
-            stack.step(self._matrix_rate * rate, self._momentum, self._decay)
+            if stack.has_gradients():
+                stack.step(self._matrix_rate * rate, self._momentum, self._decay)
         for master, parameter in zip(self._masters, self._others, strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
         self._adam.param_groups[0]["lr"] = self._other_rate * rate
         self._adam.step()
         with torch.no_grad():
-            for weight, master in zip(self._others, self._masters, strict=True):
-                weight.copy_(master)
+            _copy(self._masters, self._others)
 
     def state_dict(self) -> dict[str, Any]:
         """In bf16, so that it travels: half the bytes, and what is lost is less than one step."""
@@ -98,22 +101,25 @@ class _Stack:
     @staticmethod
     def _stacked(tensors: list[Tensor]) -> Tensor:
         """fp32 [n, rows, columns]; stacks of experts are so many matrices."""
-        return torch.cat([t.float().reshape(-1, *t.shape[-2:]) for t in tensors])
+        return torch.cat([t.reshape(-1, *_matrix(t)) for t in tensors]).float()
+
+    def has_gradients(self) -> bool:
+        """Not when they are no part of what is trained now."""
+        return any(weight.grad is not None for weight in self._weights)
 
     @torch.no_grad()
     def step(self, rate: float, momentum: float, decay: float) -> None:
         gradient = self._stacked([_gradient(p) for p in self._weights])
         self._momentum.lerp_(gradient, 1 - momentum)
-        update = orthogonal(gradient.lerp(self._momentum, momentum))
+        update = orthogonal(gradient.lerp_(self._momentum, momentum))
         rows, columns = update.shape[1:]
         self._master.mul_(1 - rate * decay)
         self._master.sub_(update, alpha=rate * max(1, rows / columns) ** 0.5)
         self._write()
 
+    @torch.no_grad()
     def _write(self) -> None:
-        with torch.no_grad():
-            for weight, part in zip(self._weights, self._parts(self._master), strict=True):
-                weight.copy_(part)
+        _copy(self._parts(self._master), self._weights)
 
     def _parts(self, stack: Tensor) -> list[Tensor]:
         counts = [len(w) if w.ndim == 3 else 1 for w in self._weights]
@@ -130,8 +136,19 @@ class _Stack:
             self._names, self._parts(self._master), self._parts(self._momentum), strict=True
         ):
             master.copy_(state[name]["master"])
-            momentum.copy_(state[name]["momentum"])
+            if "momentum" in state[name]:  # else it was trained by AdamW until now
+                momentum.copy_(state[name]["momentum"])
         self._write()
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """In one launch, not one each."""
+    torch._foreach_copy_(list(targets), list(sources))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _matrix(weight: Tensor) -> tuple[int, ...]:
+    """(rows, columns): of each expert, and of a convolution's patches as rows."""
+    return tuple(weight.flatten(1).shape if weight.ndim == 4 else weight.shape[-2:])
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -148,5 +165,5 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(_STEPS):
         gram = x @ x.transpose(1, 2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.transpose(1, 2) if is_tall else x).float()

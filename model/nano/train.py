@@ -1,6 +1,6 @@
 """Trains the small checkpoint, in sittings: each goes on from what the last one left.
 
-    python -m model.nano.train STATE [--seconds 500] [--decay 200] [--export DIR]
+    python -m model.nano.train STATE [--seconds 500] [--vision 0] [--decay 200] [--export DIR]
 
 STATE is a folder: the weights and the optimizer's memory in files of less than 16 MiB, and the
 curve. A sitting ends after so many seconds, and on a GPU takes all of its cores to draw pages.
@@ -10,7 +10,10 @@ import argparse
 import json
 import math
 import os
+import shutil
+import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +25,10 @@ from torch.utils.data import DataLoader
 
 from model.config import load_config
 from model.decoder import Decoder
-from model.layers.dispatch import plain_layers
 from model.nano.batches import Batch, Batches, Plan
 from model.nano.export import export
 from model.nano.losses import Heads, Losses, Weights
+from model.nano.network import Steps
 from model.nano.optimizer import Optimizer
 from model.nano.random_checkpoint import NanoSizes
 from model.nano.sizes import NANO, write_nano_configuration
@@ -33,21 +36,24 @@ from model.nano.tasks import prompts
 from model.tokenizer import Tokenizer
 
 _PIECE_BYTES = 15 << 20
-_WARM_UP = 100  # batches over which the learning rate rises
+_WARM_UP = 100  # batches of a sitting over which the learning rate rises
 
 
 @dataclass(frozen=True)
 class Settings:
-    """seconds: of this sitting. decay: seconds at its end over which the learning rate falls to
-    0; without, it stays, and another sitting can go on from there."""
+    """seconds: of this sitting. vision: seconds at its start for the vision tower alone. decay:
+    seconds at its end over which the learning rate falls to 0; without, it stays, and another
+    sitting can go on from there. tiles: of a batch for the vision tower."""
 
     state: Path
     seconds: float
+    vision: float = 0.0
     decay: float = 0.0
     device: str = "cuda"
     compiled: bool = False
     workers: int = 15
-    tokens: int = 64_000
+    tokens: int = Plan.tokens
+    tiles: int = 72
     seed: int = 0
     size: NanoSizes = NANO
     weights: Weights = field(default_factory=Weights)
@@ -55,7 +61,8 @@ class Settings:
     other_rate: float = 0.003
     most_batches: int | None = None
     easy: int = 300
-    log_every: int = 20
+    log_every: int = 50
+    save_every: float = 100.0
 
 
 class Training:
@@ -69,7 +76,8 @@ class Training:
             "dtype": torch.bfloat16 if on_cuda else torch.float32,
             "device": settings.device,
         }
-        self.configuration = settings.state / "configuration"
+        self._folder = tempfile.TemporaryDirectory()  # as the state travels in few files
+        self.configuration = Path(self._folder.name)
         write_nano_configuration(self.configuration, settings.size)
         config = load_config(self.configuration)
         self.decoder = Decoder(config, range(config.text.num_layers), **where, quantization="none")
@@ -89,20 +97,22 @@ class Training:
         yield from self.decoder.named_parameters()
         yield from self.heads.named_parameters(prefix="heads")
 
-    def losses(self) -> Losses:
-        template = self.templates["read"]
-        compiled = self.settings.compiled
-        return Losses(self.decoder, self.heads, template, self.settings.weights, compiled=compiled)
+    def parameters(self) -> Iterator[nn.Parameter]:
+        yield from (parameter for _, parameter in self._named())
+
+    def losses(self, *, compiled: bool) -> Losses:
+        template, steps = self.templates["read"], Steps(compiled=compiled)
+        return Losses(self.decoder, self.heads, template, steps, weights=self.settings.weights)
 
     @property
     def templates(self) -> dict:
         tokenizer = Tokenizer.from_checkpoint(self.configuration)
         return {task: tokenizer.prompt_template(text) for task, text in prompts().items()}
 
-    def batches(self) -> DataLoader:
+    def batches(self, plan: Plan) -> DataLoader:
         settings = self.settings
         dataset = Batches(
-            Plan(settings.tokens, easy=settings.easy),
+            plan,
             self.configuration / "tokenizer.json",
             self.templates,
             self.decoder.config.pinpoints,
@@ -112,30 +122,34 @@ class Training:
             dataset,
             batch_size=None,
             num_workers=settings.workers,
-            prefetch_factor=2 if settings.workers else None,
+            prefetch_factor=4 if settings.workers else None,
             pin_memory=settings.device == "cuda",
         )
 
     def save(self) -> None:
-        """In pieces, each a safetensors file of its own."""
-        state = self.settings.state
-        for old in state.glob("state-*.safetensors"):
-            old.unlink()
-        piece: dict[str, torch.Tensor] = {}
-        count = 0
-        flat = {
-            f"{name}/{kind}": value.cpu().contiguous()
-            for name, kinds in self.optimizer.state_dict().items()
-            for kind, value in kinds.items()
-        }
-        for key, value in flat.items():
-            size = sum(v.nbytes for v in piece.values())
-            if piece and size + value.nbytes > _PIECE_BYTES:
-                save_file(piece, state / f"state-{count}.safetensors")
-                piece, count = {}, count + 1
-            piece[key] = value
-        save_file(piece, state / f"state-{count}.safetensors")
-        (state / "progress.json").write_text(json.dumps({"batches": self.number}))
+        """In pieces, each a safetensors file of its own that replaces the last one's at once: a
+        kill leaves whole files, at worst of two moments of the training."""
+        pieces = self._pieces()
+        for i, piece in enumerate(pieces):
+            path = self.settings.state / f"state-{i}.safetensors"
+            save_file(piece, self.configuration / path.name)
+            shutil.copy(self.configuration / path.name, path.with_suffix(".new"))
+            path.with_suffix(".new").replace(path)
+        for old in self.settings.state.glob("state-*.safetensors"):
+            if int(old.stem.split("-")[1]) >= len(pieces):
+                old.unlink()
+        progress = {"batches": self.number}
+        (self.settings.state / "progress.json").write_text(json.dumps(progress))
+
+    def _pieces(self) -> list[dict[str, torch.Tensor]]:
+        pieces: list[dict[str, torch.Tensor]] = [{}]
+        for name, kinds in self.optimizer.state_dict().items():
+            for kind, value in kinds.items():
+                size = sum(v.nbytes for v in pieces[-1].values())
+                if size + value.nbytes > _PIECE_BYTES:
+                    pieces.append({})
+                pieces[-1][f"{name}/{kind}"] = value.cpu().contiguous()
+        return pieces
 
     def _load(self) -> None:
         state: dict[str, dict[str, torch.Tensor]] = {}
@@ -178,32 +192,72 @@ def _waves(tokens: int, width: int) -> torch.Tensor:
 
 
 def train(settings: Settings) -> Training:
-    """One sitting. Appends to STATE/curve.jsonl, saves STATE at the end."""
-    begin = time.monotonic()
+    """One sitting. Appends to STATE/curve.jsonl; saves STATE now and then, and at the end."""
     torch.set_float32_matmul_precision("high")
-    training = Training(settings)
-    losses = training.losses()
-    rows = Log(settings.state / "curve.jsonl", settings.log_every)
-    batches = iter(training.batches())
-    first = training.number
-    with plain_layers():
-        while not _is_over(settings, training.number - first, time.monotonic() - begin):
-            batch: Batch = next(batches).to(settings.device)
-            found = losses(batch)
+    sitting = Sitting(settings)
+    pages, tiles = sitting.batches(Plan(settings.tokens, settings.easy)), None
+    if settings.vision:
+        tiles = sitting.batches(Plan(easy=0, vision=settings.tiles))
+    while tiles is not None and sitting.seconds() < settings.vision and not sitting.is_over():
+        sitting.step(next(tiles))
+    while not sitting.is_over():
+        sitting.step(next(pages))
+    sitting.training.save()
+    return sitting.training
+
+
+class Sitting:
+    """The clock, the losses and the log around a Training."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._begin = self._saved = time.monotonic()
+        self._settings = settings
+        self.training = Training(settings)
+        self._first = self.training.number
+        self._log = Log(settings.state / "curve.jsonl", settings.log_every)
+        self._losses = self.training.losses(compiled=settings.compiled)
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._begin
+
+    def is_over(self) -> bool:
+        most = self._settings.most_batches
+        if most is not None and self.training.number - self._first >= most:
+            return True
+        return self.seconds() >= self._settings.seconds
+
+    def batches(self, plan: Plan) -> Iterator[Batch]:
+        return iter(self.training.batches(plan))
+
+    def step(self, batch: Batch) -> None:
+        settings, training = self._settings, self.training
+        found = self._learn(batch.to(settings.device))
+        left = max(0.0, settings.seconds - self.seconds())
+        fall = min(1.0, left / settings.decay) if settings.decay else 1.0
+        rise = min(1.0, (training.number - self._first + 1) / _WARM_UP)
+        training.optimizer.step(rise * fall)
+        training.number += 1
+        self._log.add(training.number, batch, found, rise * fall)
+        if time.monotonic() - self._saved > settings.save_every:
+            training.save()
+            self._saved = time.monotonic()
+
+    def _learn(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Gradients of a batch. What cannot be compiled is run as it is, from then on: a GPU is
+        lent for minutes, and half the speed is better than none."""
+        try:
+            found = self._losses(batch)
             found["loss"].backward()
-            left = settings.seconds - (time.monotonic() - begin)
-            fall = min(1.0, max(0.0, left) / settings.decay) if settings.decay else 1.0
-            training.optimizer.step(min(1.0, (training.number + 1) / _WARM_UP) * fall)
-            training.number += 1
-            rows.add(training.number, batch, found, fall)
-    training.save()
-    return training
-
-
-def _is_over(settings: Settings, batches: int, seconds: float) -> bool:
-    if settings.most_batches is not None and batches >= settings.most_batches:
-        return True
-    return seconds >= settings.seconds
+        except Exception:
+            if not self._losses.compiled:
+                raise
+            traceback.print_exc()
+            print("goes on without torch.compile", flush=True)
+            for parameter in self.training.parameters():
+                parameter.grad = None
+            self._losses = self.training.losses(compiled=False)
+            return self._learn(batch)
+        return found
 
 
 class Log:
@@ -243,24 +297,26 @@ class Log:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the small VL-01 checkpoint.")
-    parser.add_argument("state", type=Path, help="folder of the state, made if there is none")
-    parser.add_argument("--seconds", type=float, default=500, help="length of this sitting")
-    parser.add_argument(
-        "--decay", type=float, default=0, help="seconds of falling rate, at its end"
-    )
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    parser.add_argument("--tokens", type=int, default=64_000, help="of the images in a batch")
-    parser.add_argument("--compiled", action="store_true", help="through torch.compile")
-    parser.add_argument("--matrix-rate", type=float, default=0.02)
-    parser.add_argument("--other-rate", type=float, default=0.003)
-    parser.add_argument("--export", type=Path, help="write a checkpoint here at the end")
-    given = parser.parse_args()
-    given.state.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in vars(given).items() if name != "export"}
-    training = train(Settings(**settings))
-    if given.export:
-        export(training.decoder, given.export)
+    add = parser.add_argument
+    add("state", type=Path, help="folder of the state, made if there is none")
+    add("--seconds", type=float, default=500, help="length of this sitting")
+    add("--vision", type=float, default=0, help="seconds at its start for the vision tower alone")
+    add("--decay", type=float, default=0, help="seconds of falling rate, at its end")
+    add("--device", choices=["cuda", "cpu"], default="cuda")
+    add("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    add("--tokens", type=int, default=Plan.tokens, help="of the pages in a batch")
+    add("--tiles", type=int, default=72, help="in a batch for the vision tower alone")
+    add("--easy", type=int, default=300, help="the number of the last batch of easy pages")
+    add("--compiled", action="store_true", help="through torch.compile")
+    add("--matrix-rate", type=float, default=0.02)
+    add("--other-rate", type=float, default=0.003)
+    add("--export", type=Path, help="write a checkpoint here at the end")
+    given = vars(parser.parse_args())
+    folder = given.pop("export")
+    given["state"].mkdir(parents=True, exist_ok=True)
+    training = train(Settings(**given))
+    if folder:
+        export(training.decoder, folder)
 
 
 if __name__ == "__main__":

@@ -30,13 +30,16 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels_NSSC: Tensor) -> Tensor:
         """Normalised pixels [N, S, S, 3] to the features of their patches, [N, P, W]."""
-        patches_NPW = self._embed_patches(pixels_NSSC)
-        class_N1W = self.class_embedding.expand(len(patches_NPW), 1, -1)
-        x_NTW = torch.cat([class_N1W, patches_NPW], dim=1) + self.position_embedding
-        x_NTW = self.norm(x_NTW)
+        x_NTW = self.embed(pixels_NSSC)
         for layer in self.layers:
             x_NTW = layer(x_NTW)
         return x_NTW[:, 1:]
+
+    def embed(self, pixels_NSSC: Tensor) -> Tensor:
+        """What the first layer takes, [N, T, W]."""
+        patches_NPW = self._embed_patches(pixels_NSSC)
+        class_N1W = self.class_embedding.expand(len(patches_NPW), 1, -1)
+        return self.norm(torch.cat([class_N1W, patches_NPW], dim=1) + self.position_embedding)
 
     def _embed_patches(self, pixels_NSSC: Tensor) -> Tensor:
         # A convolution whose stride is its kernel is one product over flattened patches.

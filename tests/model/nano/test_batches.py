@@ -1,6 +1,6 @@
 """Batches for training: what they say of a page holds of its pixels and its tokens."""
 
-from itertools import islice
+from itertools import islice, product
 
 import numpy as np
 import pytest
@@ -8,7 +8,18 @@ import torch
 from tokenizers import Tokenizer
 
 from model.config import load_config
-from model.nano.batches import ALPHABET, Batch, Batches, Plan
+from model.inputs.tiling import choose_layout
+from model.nano.batches import (
+    ALPHABET,
+    LANDSCAPE,
+    PORTRAIT,
+    RECEIPT,
+    SLIP,
+    Batch,
+    Batches,
+    Plan,
+    tokens_of_page,
+)
 from model.nano.sizes import write_nano_configuration
 from model.nano.tasks import prompts
 from model.nano.tokenizer import END
@@ -46,7 +57,7 @@ def test_every_character_is_a_token_of_its_own(folder):
 
 def test_answers_come_back_as_text(folder, batches):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    for asked in (a for batch in batches for a in batch.asked):
+    for asked in (batch.asked for batch in batches if batch.asked):
         for ids, is_answer in zip(asked.ids, asked.is_answer, strict=True):
             learnt = ids[1:][is_answer[:-1]]
             text = tokenizer.decode(learnt.tolist(), skip_special_tokens=True)
@@ -61,7 +72,8 @@ def test_a_character_is_sought_in_the_patch_that_shows_it(folder, templates, bat
     prefix = len(templates["read"].prefix_ids)
     found = missed = 0
     for batch in batches:
-        read, layout = batch.asked[0], batch.layout
+        read, layout = batch.asked, batch.layout
+        assert read
         for row in range(len(batch.tiles)):
             for token, place in zip(read.ids[row].tolist(), read.places[row].tolist(), strict=True):
                 character = tokenizer.decode([token])
@@ -89,7 +101,34 @@ def test_workers_make_different_batches_and_a_sitting_goes_on(folder, templates,
     plan, pinpoints = Plan(tokens=5000, easy=0), load_config(folder).pinpoints
     later = Batches(plan, folder / "tokenizer.json", templates, pinpoints, start=2)
     third = next(iter(later))
+    assert third.asked
     assert np.array_equal(third.tiles, batches[2].tiles)
-    assert torch.equal(third.asked[0].ids, batches[2].asked[0].ids)
-    texts = {bytes(batch.asked[0].ids[0].numpy()) for batch in batches}
+    assert torch.equal(third.asked.ids, batches[2].asked.ids)
+    texts = {bytes(batch.asked.ids[0].numpy()) for batch in batches if batch.asked}
     assert len(texts) == len(batches)
+
+
+def test_batches_of_all_layouts_have_few_sizes(folder, templates):
+    """What is compiled is compiled for each number of tokens and of tiles."""
+    pinpoints = load_config(folder).pinpoints
+    plan, sizes, layouts = Plan(easy=0), set(), set()
+    for form in (SLIP, RECEIPT, PORTRAIT, LANDSCAPE):
+        for size in product(form.width, form.height):
+            layout = choose_layout(*size, pinpoints)
+            layouts.add(layout)
+            assert layout.tokens + len(templates["read"].prefix_ids) <= tokens_of_page(layout)
+            sizes.add(plan.pages(layout) * tokens_of_page(layout))
+    assert len(layouts) > 8
+    assert sizes == {plan.tokens}
+
+
+def test_the_tower_alone_gets_tiles_without_thumbnails(folder, templates):
+    pinpoints = load_config(folder).pinpoints
+    made = Batches(Plan(easy=0, vision=4), folder / "tokenizer.json", templates, pinpoints)
+    for batch in islice(made, 3):
+        assert batch.asked is None
+        assert batch.tiles.shape[:2].numel() == 4
+        assert batch.patches.shape[:2].numel() == len(batch.tiles) * (
+            batch.layout.patch_rows * batch.layout.patch_columns
+        )
+        assert batch.patches.any()

@@ -1,12 +1,14 @@
 """A few steps of training on a CPU: it learns, goes on where it stopped, and can be exported."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
 from model.config import load_config
+from model.nano import network
 from model.nano.export import export
 from model.nano.optimizer import orthogonal
 from model.nano.sizes import NANO
@@ -61,6 +63,25 @@ def test_a_sitting_goes_on_from_what_the_last_one_left(settings, trained):
 def test_the_state_travels_in_small_files(settings, trained):
     sizes = [path.stat().st_size for path in settings.state.glob("state-*.safetensors")]
     assert 0 < max(sizes) < 16 << 20
+
+
+def test_the_tower_learns_alone_and_nothing_else_moves(settings, trained, tmp_path):
+    shutil.copytree(settings.state, tmp_path, dirs_exist_ok=True)
+    alone = train(replace(settings, state=tmp_path, vision=600, tiles=2, most_batches=2))
+    assert alone.number == trained.number + 2
+    before = dict(Training(settings).decoder.named_parameters())
+    moved = {n for n, p in alone.decoder.named_parameters() if not torch.equal(p, before[n])}
+    assert "vision_tower.patch_embedding" in moved
+    assert {name.split(".")[0] for name in moved} == {"vision_tower", "projector"}
+
+
+def test_a_step_that_cannot_be_compiled_is_run_as_it_is(settings, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(network.torch, "compile", lambda *_, **__: broken)
+    here = replace(settings, state=tmp_path, compiled=True, most_batches=1)
+    assert train(here).number == 1
 
 
 def test_the_export_loads_as_any_checkpoint(settings, trained, tmp_path):
