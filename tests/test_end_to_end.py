@@ -138,7 +138,10 @@ def test_a_run_killed_three_times_writes_every_row_once_and_redoes_no_finished_u
     run(command("verify", output, "--deep"))
 
 
-def test_a_rank_killed_alone_is_replaced_and_no_row_is_lost_or_doubled(tmp_path, checkpoint):
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_killed_or_stopped_alone_is_replaced_and_no_row_is_lost_or_doubled(
+    tmp_path, checkpoint, blow
+):
     images = good_images(60)
     write_source(tmp_path / "source", images)
     output = tmp_path / "out"
@@ -149,7 +152,7 @@ def test_a_rank_killed_alone_is_replaced_and_no_row_is_lost_or_doubled(tmp_path,
     )
     wait_for(lambda: len(records(output)) >= 1, process)
     victim = ranks_of(process)[-1]
-    os.kill(victim.pid, signal.SIGKILL)
+    os.kill(victim.pid, blow)
     wait_for(lambda: victim.pid not in {rank.pid for rank in ranks_of(process)}, process)
     assert process.wait(timeout=400) == 0
     rows = read(output).to_pylist()

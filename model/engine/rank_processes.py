@@ -1,10 +1,8 @@
 """All ranks of one engine, each in a process of its own."""
 
-import tempfile
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any, NoReturn
 
 from model.engine.config import EngineConfig
@@ -14,7 +12,7 @@ from model.engine.microbatch import Image, Microbatch, Sampled
 from model.engine.rank_host import Hosts, RankHost, ThisHost
 from model.engine.rank_process import RankProcess
 from model.engine.sampling import Masks
-from model.engine.transport import MeetingPoint, meeting_store
+from model.engine.transport import Meeting
 from model.engine.vital_signs import hung
 from schemas.errors import ConfigError, EngineError, OutOfMemoryError
 
@@ -35,13 +33,13 @@ class RankProcesses:
 
     def __init__(self, config: EngineConfig, hosts: Hosts | None = None) -> None:
         self._error: EngineError | ConfigError | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="vl01-ranks-")
-        self._store = meeting_store(hosts.address) if hosts else None
+        self._meeting: Meeting | None = Meeting(hosts.address if hosts else None)
         self._ranks: list[RankProcess] = []
         self._patience = config.hang_seconds
         self._asked = time.monotonic()  # when the ranks were last asked whether they are there
         try:
-            self._start(config, hosts.hosts if hosts else _on_this_machine(config))
+            for index, host in enumerate(hosts.hosts if hosts else _on_this_machine(config)):
+                self._ranks.append(RankProcess(config, index, host, self._meeting.point))
             rooms = [self._hear(rank) for rank in self._ranks]
             self.capacity = share_out(rooms, config.most_sequences, config.tokens_per_sequence)
             for rank in self._ranks:
@@ -105,15 +103,7 @@ class RankProcesses:
             if not rank.join(deadline - time.monotonic()):
                 rank.kill()
         self._error = self._error or EngineError("the engine is closed")
-        self._store = None
-        self._folder.cleanup()
-
-    def _start(self, config: EngineConfig, hosts: Sequence[RankHost]) -> None:
-        meeting_point: MeetingPoint = Path(self._folder.name) / "meeting-point"
-        if self._store:
-            meeting_point = self._store.host, self._store.port
-        for rank, host in enumerate(hosts):
-            self._ranks.append(RankProcess(config, rank, host, meeting_point))
+        self._meeting = None
 
     def _hear(self, rank: RankProcess) -> Any:
         """The next message of one rank."""

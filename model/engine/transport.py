@@ -3,6 +3,7 @@
 Shapes: T tokens of a microbatch, D hidden size.
 """
 
+import os
 from collections import deque
 from datetime import timedelta
 from pathlib import Path
@@ -17,14 +18,25 @@ from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-de
 _PATIENCE = timedelta(days=30)
 _SENDS_IN_FLIGHT = 2
 
-# Where ranks find each other: a file, absent at first, on the one machine that all are on; else the
-# address of a `meeting_store`.
+# Where ranks find each other: a file that all can open, or an address that all can reach.
 MeetingPoint = Path | tuple[str, int]
 
 
-def meeting_store(host: str) -> TCPStore:
-    """Listens on a free `port` of this machine, whose address is `host`, while it lives."""
-    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+class Meeting:
+    """Lets ranks find each other at its `point` while it lives.
+
+    host: None, or the address of this machine for ranks on others, which listens on a free port.
+    """
+
+    def __init__(self, host: str | None) -> None:
+        self.point: MeetingPoint
+        if host is None:
+            # A file without a name, which leaves nothing however this process ends.
+            self._file = os.fdopen(os.memfd_create("vl01-ranks"))
+            self.point = Path(f"/proc/{os.getpid()}/fd/{self._file.fileno()}")
+        else:
+            self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            self.point = host, self._store.port
 
 
 class Transport:

@@ -157,7 +157,7 @@ def test_what_a_rank_finds_wanting_is_a_config_error(checkpoint):
         (checkpoint / "hidden").rename(checkpoint / "model.safetensors.index.json")
 
 
-def test_no_rank_is_left_when_the_coordinator_is_killed(checkpoint):
+def test_no_rank_and_no_file_is_left_when_the_coordinator_is_killed(checkpoint, tmp_path):
     program = f"""
 import time
 from model.engine.config import EngineConfig
@@ -167,7 +167,10 @@ print(*engine.rank_pids, flush=True)
 time.sleep(60)
 """
     with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
     ) as coordinator:
         assert coordinator.stdout is not None
         pids = [int(pid) for pid in coordinator.stdout.readline().split()]
@@ -175,3 +178,4 @@ time.sleep(60)
         assert all(map(_alive, pids))
         coordinator.kill()
         assert gone(pids)
+    assert not list(tmp_path.iterdir())
