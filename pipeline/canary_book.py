@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.canary import Answers
 from pipeline.ledger import Ledger
@@ -51,7 +52,9 @@ class CanaryBook:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._known = _known(ledger)
-        self._pages = _Pages.remote(self._known)
+        # Beside this process: the loss of another node must not take it along, and the run with it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._pages = _Pages.options(scheduling_strategy=here).remote(self._known)
         self._heard = 0
         self._looked = time.monotonic()
 

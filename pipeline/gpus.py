@@ -24,12 +24,12 @@ def gpus_of(place: Placement, show: Callable[[str | None], None]) -> Iterator[No
     done = threading.Event()
 
     def look() -> None:
-        before = 0
+        before = None
         while not done.wait(LOOK_SECONDS):
             with suppress(RayError):  # the cluster is busy: look again
                 now = _waiting(place)
                 # Twice in a row: every replica waits for a moment when it starts.
-                show(_say(place, now) if now and before else None)
+                show(now if before else None)
                 before = now
 
     if place.gpus or place.hosts:
@@ -42,10 +42,21 @@ def gpus_of(place: Placement, show: Callable[[str | None], None]) -> Iterator[No
             give_back_gpus()
 
 
-def _waiting(place: Placement) -> int:
-    """Replicas that have asked for GPUs and not got them."""
-    if place.hosts:
-        return groups_waiting()
+def _waiting(place: Placement) -> str | None:
+    """How many replicas have asked for GPUs and not got them, when too few are free."""
+    waiting = groups_waiting() if place.hosts else _actors_waiting()
+    free = [int(node.get("GPU", 0)) for node in available_resources_per_node().values()]
+    if not waiting or (sum(free) if place.hosts else max(free, default=0)) >= place.ranks:
+        return None
+    scattered = f", on several nodes; each needs {place.ranks} of one" if len(free) > 1 else ""
+    return (
+        f"waiting for GPUs: {waiting} of {place.replicas} replicas, {place.ranks} each;"
+        f" free: {sum(free)}{scattered if sum(free) >= place.ranks else ''}"
+    )
+
+
+def _actors_waiting() -> int:
+    """Actors of this run (Ray job) that are replicas and run nowhere yet."""
     job = ray.get_runtime_context().get_job_id()
     return sum(
         actor["JobID"] == job
@@ -54,11 +65,3 @@ def _waiting(place: Placement) -> int:
         and not actor["Pid"]
         for actor in actors().values()
     )
-
-
-def _say(place: Placement, waiting: int) -> str:
-    free = [int(node.get("GPU", 0)) for node in available_resources_per_node().values()]
-    where = f", on one node; free: {sum(free)}, at most {max(free, default=0)} on one node"
-    if place.hosts:
-        where = f"; free: {sum(free)}"
-    return f"waiting for GPUs: {waiting} of {place.replicas} replicas, {place.ranks} each{where}"

@@ -5,12 +5,15 @@ The GPUs are Ray's to count, and nobody's to compute on: the ranks are told to u
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -22,8 +25,11 @@ from ray.util import placement_group_table
 
 import pipeline.run
 from model.nano.random_checkpoint import write_random_checkpoint
+from pipeline import gpus
 from pipeline.placement import Placement, place
+from pipeline.tally import Tally
 from pipeline.verify import verify
+from schemas.errors import ConfigError
 from schemas.job import Job
 from tests.images import good_images
 
@@ -54,11 +60,6 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def cpu_for_gpu(monkeypatch):
-    monkeypatch.setattr(pipeline.run, "place", place_without_gpus)
-
-
 def place_without_gpus(job: Job, renders: bool) -> Placement:
     return replace(place(job, renders), device="cpu", threads=1, chunk_tokens=512)
 
@@ -74,12 +75,41 @@ def job(folder: Path, output: str, **keys) -> Job:
     )
 
 
-@pytest.fixture
-def expected(cluster, folder) -> pa.Table:
-    """What one rank, in the replica's own process, says."""
-    if not (folder / "expected").exists():
-        pipeline.run.run(job(folder, "expected"))
-    return rows_of(folder / "expected")
+@pytest.fixture(scope="module")
+def alone(cluster, folder) -> tuple[pa.Table, list[str]]:
+    """What one rank says, in the replica's own process, and what the run said while another one
+    had all the GPUs."""
+    others = [hold_a_gpu() for _ in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        said = told(patch, lambda: [ray.kill(other) for other in others])
+        pipeline.run.run(job(folder, "alone"))
+    return rows_of(folder / "alone"), said
+
+
+def hold_a_gpu() -> Any:
+    class Other:
+        def hold(self) -> None:
+            """Until it is killed."""
+
+    other: Any = ray.remote(Other)
+    holds = other.options(num_cpus=0, num_gpus=1).remote()
+    ray.get(holds.hold.remote())
+    return holds
+
+
+def told(monkeypatch, then: Callable[[], object]) -> list[str]:
+    """What a run says that it waits for. `then`: is done when it has said something."""
+    monkeypatch.setattr(pipeline.run, "place", place_without_gpus)
+    monkeypatch.setattr(gpus, "LOOK_SECONDS", 0.5)
+    said: list[str] = []
+
+    def hear(_: Tally, what: str | None) -> None:
+        if what and not said:
+            then()
+        said.extend([what] if what else [])
+
+    monkeypatch.setattr(Tally, "waits", hear)
+    return said
 
 
 def rows_of(output: Path) -> pa.Table:
@@ -156,17 +186,68 @@ def nothing_is_left() -> bool:
     return not (groups() or processes("rank_worker") or processes("HostActor"))
 
 
+def test_gpus_that_are_not_there_are_missed_at_once(cluster, folder):
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match="takes GPUs: 4; the cluster has: 3"):
+        pipeline.run.run(job(folder, "never", pp=4))
+    assert time.monotonic() - started < 10
+
+
+def test_a_run_whose_gpus_others_hold_says_so_and_waits(alone):
+    rows, said = alone
+    assert set(said) == {"waiting for GPUs: 1 of 1 replicas, 1 each; free: 0"}
+    assert rows.num_rows == 40
+
+
 def test_a_replica_of_two_nodes_outlives_kills_and_writes_what_one_rank_does(
-    cluster, folder, expected
+    cluster, folder, alone, monkeypatch
 ):
-    output = folder / "out"
+    monkeypatch.setattr(pipeline.run, "place", place_without_gpus)
+    output = folder / "killed"
     disturbance = Disturbance(output, kill("rank_worker"), kill("HostActor"), kill("Generate"))
-    pipeline.run.run(job(folder, "out", pp=2))
+    pipeline.run.run(job(folder, "killed", pp=2))
     disturbance.join(timeout=1)
     print("seconds to recover from a killed rank, host, replica:", disturbance.seconds)
     assert len(disturbance.nodes) == 2
     assert len(disturbance.seconds) == 3
     assert max(disturbance.seconds) < MINUTE
-    assert rows_of(output) == expected
+    assert rows_of(output) == alone[0]
     assert verify(str(output), deep=True).ok
     wait_for(nothing_is_left, 10)
+
+
+def test_a_killed_driver_leaves_nothing_and_its_successor_outlives_the_loss_of_a_node(
+    cluster, folder, alone, monkeypatch
+):
+    """No spare node is free at first, and the run says so."""
+    output = folder / "lost"
+    driver = subprocess.Popen(
+        [sys.executable, "-m", __name__, str(folder), cluster.address], stderr=subprocess.DEVNULL
+    )
+    wait_for(lambda: commits(output))
+    driver.kill()
+    driver.wait()
+    print("seconds until nothing was left of a killed driver:", wait_for(nothing_is_left, MINUTE))
+
+    other = hold_a_gpu()
+    said = told(monkeypatch, lambda: ray.kill(other))
+    disturbance = Disturbance(output, lambda: lose_a_node(cluster))
+    pipeline.run.run(job(folder, "lost", pp=2))
+    disturbance.join(timeout=1)
+    print("seconds to recover from a lost node:", disturbance.seconds)
+    assert said[0].startswith("waiting for GPUs: 1 of 1 replicas, 2 each; free: ")
+    assert max(disturbance.seconds) < MINUTE
+    assert rows_of(output) == alone[0]
+    assert verify(str(output), deep=True).ok
+    wait_for(nothing_is_left, 10)
+
+
+def lose_a_node(cluster: Cluster) -> None:
+    """One that has a rank; not the head, with which the whole cluster would go."""
+    used = {node for group in groups() for node in group["bundles_to_node_id"].values()}
+    cluster.remove_node(next(node for node in cluster.worker_nodes if node.node_id in used))
+
+
+if __name__ == "__main__":  # the driver that is killed
+    pipeline.run.place = place_without_gpus
+    pipeline.run.run(job(Path(sys.argv[1]), "lost", pp=2, address=sys.argv[2]))
