@@ -8,6 +8,7 @@ import pytest
 from jobs import caption, ladder
 from jobs.config import job_from_file, job_from_flags, job_of_retry
 from schemas.errors import ConfigError
+from schemas.job import Job
 from schemas.ladder import Cause, Step
 
 REQUIRED = "source: photos\noutput: out\nmodel: ckpt\n"
@@ -63,6 +64,8 @@ def test_every_mistake_is_named_in_a_line_of_its_own(tmp_path):
     [
         ("pp: two", "pp is 'two'; it should be a valid integer"),
         ("pp: 1.5", "pp is 1.5; it should be a valid integer"),
+        ("replicas: all", "replicas is 'all'; it should be a whole number from 1 on, or auto"),
+        ("replicas: 0", "replicas is 0; it should be a whole number from 1 on, or auto"),
         ("prompt: 7", "prompt is 7; it should be a valid string"),
         ("prompt: ''", "prompt is ''; it should have at least 1 character"),
         ("stop: [a, 7]", "stop[1] is 7; it should be a valid string"),
@@ -176,6 +179,17 @@ def test_a_file_brings_its_own_ladder_and_a_task_brings_one_otherwise(tmp_path):
     )
     assert job_from_file(job_file(tmp_path, REQUIRED + "task: ocr\n")).ladder == ladder.PAGE
     assert job_from_file(job_file(tmp_path, REQUIRED)).ladder == ()
+
+
+def test_how_many_replicas_there_are_is_no_part_of_what_a_job_writes(tmp_path):
+    auto, two = (
+        job_from_file(job_file(tmp_path, f"{REQUIRED}replicas: {replicas}"))
+        for replicas in ("auto", "2")
+    )
+    assert (auto.replicas, two.replicas) == ("auto", 2)
+    assert auto.fingerprint("r") == two.fingerprint("r")
+    stored = json.loads(auto.model_dump_json())
+    assert Job.model_validate(stored) == auto
 
 
 def test_the_ladder_is_part_of_the_fingerprint_and_survives_being_stored(tmp_path):

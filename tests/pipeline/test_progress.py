@@ -61,6 +61,17 @@ def test_the_wait_for_the_model_says_what_is_awaited():
     assert "loading the model (7 units to do)" in str(shown.line())
 
 
+def test_what_a_run_waits_for_is_shown_before_the_first_rows_and_after_them():
+    shown = Progress(plain_console())
+    shown.start(7, "loading the model")
+    shown.waiting = "waiting for GPUs"
+    assert str(shown.line()).endswith("waiting for GPUs (7 units to do)")
+    shown.generated(rows=5, failed=0, tokens=10)
+    assert "waiting for GPUs  5 rows" in str(shown.line())
+    shown.waiting = None
+    assert "waiting" not in str(shown.line())
+
+
 def test_time_left_is_not_invented_before_a_unit_is_done():
     shown = Progress(plain_console())
     shown.start(2, "loading")

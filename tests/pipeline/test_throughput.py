@@ -1,6 +1,7 @@
 """A time that is foretold says which measurement it comes from, and takes one that fits the job."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,23 @@ def test_without_a_run_the_table_of_the_project_tells_the_speed_of_the_released_
     page = found(job(), text, prompt=8000)
     assert page is not None
     assert "page-a4" in page.origin
+
+
+def test_as_many_replicas_as_fit_count_as_one_where_no_run_tells_more(text):
+    one, auto = found(job(pp=4), text), found(job(pp=4, replicas="auto"), text)
+    assert one is not None
+    assert auto == replace(one, origin=auto.origin)
+    assert "as if --replicas auto were 1" in auto.origin
+    asked = found(job(pp=4, replicas="auto"), text, tokens_per_second=1000)
+    assert asked is not None
+    assert asked.gpus == 4
+    assert "as if --replicas auto were 1" in asked.origin
+    hardware = Hardware("cuda", 4, 3, 1)
+    run = RunRecord("run", "", "", 100.0, {"ok": 10}, 1000, 200, {}, hardware, start_seconds=60.0)
+    told = _of_runs(job(pp=4, replicas="auto"), [run], "here")
+    assert told is not None
+    assert (told.gpus, "auto" in told.origin) == (12, False)
+    assert _of_runs(job(pp=4, replicas=2), [run], "here") is None
 
 
 @pytest.mark.parametrize("keys", [{"device": "cpu"}, {"quantization": "none"}])
