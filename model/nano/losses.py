@@ -64,14 +64,16 @@ class Losses:
         self._softmax_layers = [i for i, kind in enumerate(types) if kind == "softmax"]
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Every loss, and `loss`, their weighed sum. A batch without questions is for the vision
-        tower alone: `loss` is then that of its characters."""
+        """Every loss, and `loss`, their weighed sum; and the shares of answers' tokens that are
+        `wrong` (each after the truth so far) and of printed characters that are `misread` by the
+        hint. No page comes twice, so these are what pages never seen would give.
+        A batch without questions is for the vision tower alone."""
         features = see(self._decoder, self._pixels(batch.tiles), self._steps)
         if batch.asked is None:
             order = grid_order(batch.layout, features.device)
             grid = features.view(len(batch.tiles), -1, features.shape[-1]).index_select(1, order)
-            characters = self._characters(grid.flatten(0, 1), batch)
-            return {"loss": characters, "characters": characters}
+            characters, misread = self._characters(grid.flatten(0, 1), batch)
+            return {"loss": characters, "characters": characters, "misread": misread}
         layout, ids = batch.layout, self._prefix_ids
         embedded = embed_pages(self._decoder, features, layout, ids, tokens_of_page(layout))
         start = len(ids) + layout.tokens
@@ -84,9 +86,11 @@ class Losses:
             memories=page.memories,
             start=start,
         )
+        answer, wrong = self._answer(batch.asked, answers.hidden[-1])
+        characters, misread = self._characters(_grid(embedded, batch), batch)
         losses = {
-            "answer": self._answer(batch.asked, answers.hidden[-1]),
-            "characters": self._characters(_grid(embedded, batch), batch),
+            "answer": answer,
+            "characters": characters,
             "place": self._place(page.hidden[self._softmax_layers[0] - 1], batch),
             "pointer": self._pointers(batch.asked, answers),
             "balance": page.imbalance,
@@ -94,7 +98,7 @@ class Losses:
         parts = [losses["answer"]] + [
             weight * losses[name] for name, weight in vars(self._weights).items()
         ]
-        return {"loss": _sum(parts), **losses}
+        return {"loss": _sum(parts), **losses, "wrong": wrong, "misread": misread}
 
     def _pixels(self, tiles: Tensor) -> Tensor:
         """uint8 [B, tiles, S, S] to normalised [B * tiles, S, S, 3], on paper of any tint."""
@@ -106,19 +110,20 @@ class Losses:
             scale, shift = (x[:, None, None, None] for x in (scale, shift))
         return (tiles[..., None] * scale + shift).flatten(0, 1).to(self._decoder.image_newline)
 
-    def _answer(self, asked: Asked, hidden: Tensor) -> Tensor:
-        """Nats a token of all answers."""
+    def _answer(self, asked: Asked, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Nats a token of all answers, and the share that is wrong."""
         targets = torch.where(asked.is_answer[:, :-1], asked.ids[:, 1:], -1).flatten()
         logits = self._decoder.lm_head(self._decoder.norm(hidden[:, :-1].flatten(0, 1)))
-        return _cross_entropy(logits, targets)
+        return _cross_entropy(logits, targets), _wrong(logits, targets, targets >= 0)
 
-    def _characters(self, grid: Tensor, batch: Batch) -> Tensor:
-        """Nats a character on the page, not a patch: most patches are blank."""
+    def _characters(self, grid: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Nats a character on the page, not a patch: most patches are blank. And the share of
+        characters that is misread."""
         logits = self._heads.characters(_even(grid)).unflatten(-1, (SLOTS, CLASSES))
-        targets = batch.patches.flatten(0, 1).long()
+        logits, targets = logits.flatten(0, 1), batch.patches.flatten().long()
         shown = (targets > 0).sum().clamp(min=1)
-        mean = _cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return mean * targets.numel() / shown
+        mean = _cross_entropy(logits, targets)
+        return mean * targets.numel() / shown, _wrong(logits, targets, targets > 0)
 
     def _place(self, hidden: Tensor, batch: Batch) -> Tensor:
         grid, layout = _even(_grid(hidden, batch)), batch.layout
@@ -169,6 +174,11 @@ def _pointer(queries: Tensor, keys: Tensor, head: int, targets: Tensor) -> Tenso
     queries = queries[:, :, head] * queries.shape[-1] ** -0.5
     scores = queries @ keys[:, : keys.shape[1] - queries.shape[1], group].transpose(1, 2)
     return _cross_entropy(scores.flatten(0, 1), targets.flatten())
+
+
+def _wrong(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+    wrong = (logits.detach().argmax(-1) != targets) & counted
+    return wrong.sum() / counted.sum().clamp(min=1)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A sheet of paper that text is set on, line by line, keeping where every glyph went."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from PIL import Image, ImageDraw, ImageFont
@@ -108,7 +109,7 @@ class Sheet:
         if (whole and fitted != text) or self.y + self.line_height * scale > self.height:
             raise NoRoomError(text)
         text = fitted
-        width = font.getlength(text)
+        width = _length(font, text)
         x = {"left": left, "right": right - width, "center": (left + right - width) / 2}[align]
         baseline = self.y + self.line_height * scale * 0.5 + font.size * _MIDDLE
         return self._set(text, font, round(x), round(baseline))
@@ -127,7 +128,7 @@ class Sheet:
         self._draw.text((x, baseline), text, self.style.ink, font, anchor="ls")
         advances = [_advance(font, character) for character in text]
         # Kerning makes a line a little shorter than the sum of its characters.
-        scale = font.getlength(text) / max(sum(advances), 1e-6)
+        scale = _length(font, text) / max(sum(advances), 1e-6)
         self.glyphs += text
         y, glyphs, reached = baseline - _MIDDLE * font.size, [], float(x)
         for advance in advances:
@@ -135,6 +136,12 @@ class Sheet:
             self.centres.append((reached + advance * scale / 2, y))
             reached += advance * scale
         return Marked(text, tuple(glyphs))
+
+
+@lru_cache(maxsize=16)
+def _length(font: ImageFont.FreeTypeFont, text: str) -> float:
+    """A line is measured three times while it is set."""
+    return font.getlength(text)
 
 
 _advances: dict[tuple[int, str], float] = {}
@@ -157,7 +164,7 @@ def _words_that_fit(words: list[str], font: ImageFont.FreeTypeFont, width: float
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    if font.getlength(text) <= width:
+    if _length(font, text) <= width:
         return text
     words = text.split(" ")
     text = " ".join(words[: _words_that_fit(words, font, width)]).rstrip(" ,;:-&")
