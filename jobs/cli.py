@@ -5,8 +5,7 @@ Imports nothing heavy before a run begins: help and usage errors come at once.
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,16 +15,18 @@ from rich.markup import escape
 
 from jobs import plan, show, show_status, submit
 from jobs.bench import cli as bench
-from jobs.config import TASKS, absolute_address, job_from_file, job_from_flags, job_of_retry
+from jobs.config import TASKS, absolute_address, job_from_file, job_from_flags
 from jobs.flags import Debug, EndpointUrl, JobFile, with_changes, with_flags
 from jobs.quantize import HELP as _QUANTIZE
 from jobs.quantize import quantize
 from jobs.report import HELP as _REPORT
 from jobs.report import report, report_after_run
+from jobs.resumable import resumable
+from jobs.retry import HELP as _RETRY
+from jobs.retry import retry
 from jobs.task import Task
-from schemas.errors import ConfigError, ExitCode, Reason, VL01Error
+from schemas.errors import ExitCode, VL01Error
 from schemas.job import Job
-from schemas.rows import Status
 
 # Help is printed as it stands here: lines of at most 76 columns fit a terminal of 80.
 _STATUSES = """[bold]Statuses of a row[/bold]
@@ -101,30 +102,6 @@ needs no model.
   2  OUT is not the output of a run
   4  rows missing or twice, or a part is damaged"""
 
-_RETRY = """Do some rows of OUT again, and put what comes out in their place.
-
-For failures that have passed: a file that was mended, storage that was out
-of reach, a time limit that was too short. Only these rows are read and
-computed; the other rows stay as they are. A row that was answered is never
-replaced by a failure; the column attempts counts all tries.
-
-The job is the one that wrote OUT. Where and how fast it runs may be given
-anew. So may --max-new-tokens, --temperature, --top-p and --seed, for an
-answer that was cut or broken: asked the same, it answers the same. Rows that
-were answered so say it in the column message. Stopped, the same command goes
-on.
-
-[bold]Examples[/bold]
-  vl01 retry captions
-  vl01 retry captions --reason timeout --decode-seconds 120
-  vl01 retry captions --status truncated --max-new-tokens 1024 --pp 4
-  vl01 retry fields --status invalid --temperature 0.4
-
-[bold]Exit codes[/bold]
-  0  done, also if rows failed once more
-  1  stopped before the end; the same command goes on
-  2  wrong usage or configuration, found before any model was loaded"""
-
 app = typer.Typer(
     name="vl01",
     help=_ABOUT,
@@ -192,37 +169,7 @@ def submit_file(
     raise typer.Exit(submit.submit(job_from_file(job), address, wait, show.passed_on))
 
 
-def _retry(
-    *,
-    output: Annotated[str, typer.Argument(help="the output of a run", metavar="OUT")],
-    status: Annotated[
-        list[Status], typer.Option(help="rows to do again; may be repeated", metavar="STATUS")
-    ] = [Status.FAILED],  # noqa: B006 (typer copies it)
-    reason: Annotated[
-        list[Reason], typer.Option(help="only rows with this; may be repeated", metavar="REASON")
-    ] = [],  # noqa: B006
-    endpoint_url: EndpointUrl = None,
-    _debug: Debug = False,
-    **changes: str | None,
-) -> None:
-    if Status.OK in status:
-        raise ConfigError("--status is ok; rows that are ok are not done again")
-    from pipeline.retry import Choice, retry, stored_job
-
-    output = absolute_address(output, Path.cwd())
-    job, changed = job_of_retry(
-        stored_job(output, endpoint_url), output, changes | {"endpoint_url": endpoint_url}
-    )
-    if not changed and {Status.TRUNCATED, Status.INVALID} & {*status}:
-        show.asked_the_same(job)
-    with _resumable():
-        summary = retry(job, Choice(frozenset(status), frozenset(reason)), changed)
-    show.retry(summary)
-    if summary.units:
-        report_after_run(job, summary.planned_units)
-
-
-app.command("retry", help=_RETRY)(with_changes(_retry))
+app.command("retry", help=_RETRY)(with_changes(retry))
 
 
 @app.command(help=show_status.HELP)
@@ -254,17 +201,11 @@ app.command("report", help=_REPORT)(report)
 app.command("quantize", help=_QUANTIZE)(quantize)
 
 
-@contextmanager
-def _resumable() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        show.error("stopped. What is committed stays; the same command goes on from there.")
-        raise typer.Exit(ExitCode.STOPPED) from None
-
-
 def _run(job: Job) -> NoReturn:
-    with _resumable():
+    with resumable():
+        from pipeline.early import check
+
+        check(job)
         from pipeline.run import run
 
         summary = run(job)
@@ -280,7 +221,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = app(arguments, prog_name="vl01", standalone_mode=False)
     except typer.TyperException as wrong_usage:
         if wrong_usage.format_message():
-            show.error(wrong_usage.format_message(), "vl01 --help and vl01 COMMAND --help explain.")
+            show.error(_said(wrong_usage), "vl01 --help and vl01 COMMAND --help explain.")
         code = ExitCode.USAGE
     except VL01Error as refusal:
         if os.environ.get("VL01_DEBUG") == "1":
@@ -288,6 +229,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         show.error(str(refusal))
         code = refusal.exit_code
     sys.exit(code)
+
+
+def _said(wrong_usage: typer.TyperException) -> str:
+    """With what is to be given, where something is missing."""
+    message = wrong_usage.format_message().replace("Value error, ", "")
+    parameter = getattr(wrong_usage, "param", None)
+    wanted = getattr(parameter, "help", None) if message.startswith("Missing") else None
+    return f"{message.rstrip('.')}: {wanted}" if wanted else message
 
 
 if __name__ == "__main__":

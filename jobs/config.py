@@ -148,7 +148,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         with nullcontext(sys.stdin) if path == Path("-") else path.open(encoding="utf-8") as file:
             values = yaml.load(file, _Loader)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}; expected a job file in YAML"
+        ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not text in UTF-8; expected a YAML file") from None
     except yaml.YAMLError as error:

@@ -66,10 +66,14 @@ def _command(job_of: Callable[[dict[str, Any]], Job]) -> Callable[..., None]:
         _debug: Debug = False,
         **values: Any,
     ) -> None:
+        from pipeline.early import check
+
+        job = job_of(values)
+        check(job)
         from pipeline.estimate.estimate import estimate
 
         assumed = Assumptions(gpu_memory_gib, gpu_hour_price, tokens_per_second, bench)
-        found = estimate(job_of(values), assumed)
+        found = estimate(job, assumed)
         if json:
             show_plan.write_json(found, json)
         if json != "-":

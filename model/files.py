@@ -74,6 +74,20 @@ def patiently(operation: Callable[[], T], tries: int, first_wait_s: float) -> T:
     raise AssertionError("unreachable")
 
 
+def lacks_credentials(error: Exception) -> bool:
+    """Whether it is botocore's, which may not be installed, for a store it has no key to."""
+    return type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
+
+
+def storage_error(error: Exception) -> str:
+    """What a storage client says, in one line, with advice where it has none."""
+    text = " ".join(str(error).split()) or repr(error)
+    if lacks_credentials(error):
+        text += "; S3 takes them from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, from ~/.aws, or"
+        text += " from the role of the machine"
+    return text
+
+
 class FileState(NamedTuple):
     """size: in bytes. stamp: changes when the file does, where the storage tells."""
 
@@ -193,9 +207,9 @@ class Folder:
         except _FINAL as error:
             raise CheckpointError(f"{self.describe(name)} cannot be read: {error}") from error
         except Exception as error:
-            reason = " ".join(str(error).split()) or repr(error)
             raise EngineError(
-                f"{self.describe(name)} could not be read in {READ_TRIES} tries: {reason}"
+                f"{self.describe(name)} could not be read in {READ_TRIES} tries: "
+                + storage_error(error)
             ) from error
 
     @contextmanager

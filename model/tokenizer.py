@@ -36,7 +36,9 @@ class Tokenizer:
         path = Folder.at(checkpoint)
         image_token_id = load_config(path).image_token_id
         if not path.exists("tokenizer.json"):
-            raise CheckpointError(f"{path} has no tokenizer.json; expected the checkpoint's own.")
+            raise CheckpointError(
+                f"{path} has no tokenizer.json; copy it there from where the checkpoint is from."
+            )
         try:
             with path.local_copy(TOKENIZER_FILES) as local:
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(local, local_files_only=True)

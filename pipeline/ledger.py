@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.fingerprint import no_dataset, refuse_another_job
 from pipeline.growth import find_growth
 from pipeline.listing import list_flat
 from pipeline.output_folder import OutputFolder
@@ -80,22 +81,17 @@ class Ledger(OutputFolder):
                 f"of this tool; this one reads layout {LAYOUT}"
             )
         if fingerprint is not None:
-            self._refuse_another_job(fingerprint)
+            refuse_another_job(self.output, self.job["fingerprint"], fingerprint)
         self._open_plan()
         return True
 
-    def _refuse_another_job(self, fingerprint: dict[str, Any]) -> None:
-        here, there = json.loads(json.dumps(fingerprint)), self.job["fingerprint"]
-        differ = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-        if differ:
-            values = "; ".join(
-                f"{key} is {_short(there.get(key))} there and {_short(here.get(key))} now"
-                for key in differ
-            )
-            raise ConfigError(
-                f"{self.output} holds the rows of another job: {values}. "
-                "Give another output, or the settings it was started with"
-            )
+    @classmethod
+    def of_dataset(cls, output: str, endpoint_url: str | None = None) -> "Ledger":
+        """Opens the run that OUT holds. Raises ConfigError if it holds none."""
+        ledger = cls(output, endpoint_url)
+        if not ledger.resume():
+            raise no_dataset(ledger.output)
+        return ledger
 
     def create(self, job: Job, fingerprint: dict[str, Any], plan: Plan, run: str) -> None:
         """Stores the plan, then job.json, which makes both count. Raises ConfigError."""
@@ -292,8 +288,3 @@ class Ledger(OutputFolder):
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -16,6 +16,7 @@ from pipeline.storage import (
     make_folder,
     open_fs,
     patiently,
+    storage_error,
     try_writing,
     write_whole,
 )
@@ -53,7 +54,7 @@ class OutputFolder:
         except ConfigError:
             raise
         except Exception as error:  # storage clients raise far more than OSError
-            raise ConfigError(f"cannot write to {self.output}: {error}") from error
+            raise ConfigError(f"cannot write to {self.output}: {storage_error(error)}") from error
 
     def _refuse_foreign_rows(self) -> None:
         if not self.fs.isdir(self.root):

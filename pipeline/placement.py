@@ -202,9 +202,10 @@ def _read_cpus(cores_left: float, renders: bool) -> float:
 def _replicas_on_gpus(job: Job, gpus: int) -> int:
     asked = 1 if job.replicas == "auto" else job.replicas
     if gpus < job.pp * asked:
+        advice = "Lower --replicas or --pp, or add GPUs." if gpus else "--device cpu needs none."
         raise ConfigError(
             f"--replicas {job.replicas} times --pp {job.pp} takes GPUs: {job.pp * asked}; the"
-            f" cluster has: {gpus}. Lower --replicas or --pp, or add GPUs."
+            f" cluster has: {gpus}. {advice}"
         )
     return gpus // job.pp if job.replicas == "auto" else job.replicas
 

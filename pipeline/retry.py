@@ -25,7 +25,7 @@ from pipeline.run import work
 from pipeline.sources import open_source
 from pipeline.stop import Stop
 from pipeline.tally import Tally
-from schemas.errors import ConfigError, EngineError
+from schemas.errors import EngineError
 from schemas.job import Job
 from schemas.ledger import RETRY_PLAN, CommitRecord, Unit
 
@@ -50,14 +50,6 @@ class Choice:
         return row["status"] in self.statuses and (
             not self.reasons or row["reason"] in self.reasons
         )
-
-
-def stored_job(output: str, endpoint_url: str | None = None) -> dict[str, Any]:
-    """The keys of the job that wrote OUT. Raises ConfigError if none did."""
-    ledger = Ledger(output, endpoint_url)
-    if not ledger.resume():
-        raise ConfigError(f"{ledger.output} holds no dataset of this tool: no _vl01/job.json there")
-    return ledger.job["job"]
 
 
 def retry(

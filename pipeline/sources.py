@@ -12,7 +12,7 @@ from fsspec import AbstractFileSystem
 from fsspec.utils import glob_translate
 
 from pipeline.listing import SourceFile, list_files, stat_file
-from pipeline.storage import full_address, open_fs
+from pipeline.storage import full_address, open_fs, storage_error
 from schemas.errors import ConfigError
 from schemas.ledger import UnitKind
 
@@ -82,7 +82,7 @@ class Source:
                 if self._is_read(file.name) and (pattern is None or pattern.match(file.name)):
                     yield file
         except Exception as error:  # storage clients raise far more than OSError
-            raise ConfigError(f"cannot list {self.address}: {error}") from error
+            raise ConfigError(f"cannot list {self.address}: {storage_error(error)}") from error
 
     def _is_read(self, name: str) -> bool:
         kind = kind_of(name)
@@ -144,7 +144,7 @@ def _find(address: str, fs: AbstractFileSystem, path: str) -> Source:
     except ConfigError:
         raise
     except Exception as error:  # storage clients raise far more than OSError
-        raise ConfigError(f"cannot read {address}: {error}") from error
+        raise ConfigError(f"cannot read {address}: {storage_error(error)}") from error
     raise ConfigError(
         f"{address} does not exist; expected a folder, a glob, or a file ending in {READABLE}"
         f"{_LISTS_TOO} too"

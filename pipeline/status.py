@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from pipeline.fingerprint import no_dataset
 from pipeline.lease import Holder, read_holder
 from pipeline.ledger import Ledger
-from schemas.errors import ConfigError
 from schemas.ledger import CommitRecord
 
 RECORDS = 2000  # all are read when there are no more
@@ -80,7 +80,7 @@ def status(output: str, endpoint_url: str | None = None) -> Status:
     planned = ledger.resume()
     holder = read_holder(ledger)
     if not planned and holder is None:
-        raise ConfigError(f"{ledger.output} holds no dataset of this tool: no _vl01/job.json there")
+        raise no_dataset(ledger.output)
     done = np.flatnonzero(ledger.committed()) if planned else np.zeros(0, np.int64)
     newest, sample = _read_some(ledger, done)
     alive = holder is not None and holder.seems_alive()

@@ -15,6 +15,7 @@ from fsspec import AbstractFileSystem
 from model import files
 from model.files import is_local as is_local
 from model.files import open_fs as open_fs
+from model.files import storage_error as storage_error
 from pipeline.listing import is_s3
 
 T = TypeVar("T")

@@ -16,7 +16,6 @@ from pipeline.commit import rows_of
 from pipeline.ledger import Ledger
 from pipeline.plan import planned_row_ids, row_id, units_of
 from pipeline.storage import PatientFile
-from schemas.errors import ConfigError
 from schemas.ledger import CommitRecord, Unit, UnitKind
 
 _THREADS = 16
@@ -77,9 +76,7 @@ def verify(output: str, endpoint_url: str | None = None, deep: bool = False) -> 
     Memory: 8 bytes a row, so 0.8 GB for 1e8 rows. Raises ConfigError when OUT is no dataset of
     this tool.
     """
-    ledger = Ledger(output, endpoint_url)
-    if not ledger.resume():
-        raise ConfigError(f"{ledger.output} holds no dataset of this tool: no _vl01/job.json there")
+    ledger = Ledger.of_dataset(output, endpoint_url)
     done = ledger.committed()
     heads = array("Q")
     statuses: Counter[str] = Counter()

@@ -141,11 +141,11 @@ def _with_digests(
 
 def _read_headers(folder: Folder, shards: list[str]) -> list[StoredTensor]:
     files = folder.files()
-    for shard in shards:
-        if shard not in files:
-            raise CheckpointError(
-                f"{folder.describe(shard)} is missing; the index lists tensors in it."
-            )
+    if missing := [shard for shard in shards if shard not in files]:
+        raise CheckpointError(
+            f"{folder.describe(missing[0])} is missing, {len(missing)} of {len(shards)} shards in"
+            " all; the index lists tensors in them. Copy them there."
+        )
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
         tensors = pool.map(lambda shard: _read_header(folder, shard, files[shard].size), shards)
         return [tensor for of_shard in tensors for tensor in of_shard]

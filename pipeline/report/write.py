@@ -29,9 +29,7 @@ def write_report(
     endpoint_url: of OUT, and of the source unless the job knows better. Raises ConfigError when
     OUT is no dataset of this tool or cannot be written.
     """
-    ledger = Ledger(output, endpoint_url)
-    if not ledger.resume():
-        raise ConfigError(f"{ledger.output} holds no dataset of this tool: no _vl01/job.json there")
+    ledger = Ledger.of_dataset(output, endpoint_url)
     collected = collect(ledger, gpu_hour_price, seed)
     cells = contact_sheet(ledger, collected.picks, endpoint_url)
     report = replace(collected.report, sampled=tuple(map(_sampled, cells)))

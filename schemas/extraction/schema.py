@@ -38,6 +38,7 @@ from schemas.extraction.kinds import Fields, Items, Kind, Span
 from schemas.extraction.reader import Reader
 
 _INDENT = "  "
+_TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
 
 
 def load_schema(text: str) -> "Extraction":
@@ -57,7 +58,10 @@ def load_schema(text: str) -> "Extraction":
         return Extraction(Reader(schema).read())
     except SchemaError as error:
         path = "/".join(["#", *map(str, error.absolute_path)])
-        raise ConfigError(f"{path}: not valid in a JSON Schema: {error.message}") from None
+        problem = error.message
+        if path.endswith("/type"):
+            problem = f"{error.instance!r}; expected one of {', '.join(_TYPES)}"
+        raise ConfigError(f"{path}: not valid in a JSON Schema: {problem}") from None
     except RecursionError:
         raise ConfigError("the schema is nested too deeply") from None
 

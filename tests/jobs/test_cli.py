@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,6 +53,7 @@ class Flow:
 def flow(monkeypatch):
     flow = Flow()
     monkeypatch.setitem(sys.modules, "pipeline.run", flow)
+    monkeypatch.setitem(sys.modules, "pipeline.early", SimpleNamespace(check=lambda job: None))
     return flow
 
 
@@ -137,8 +139,8 @@ def test_a_job_file_runs_the_same_job_as_the_flags(vl01, flow, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["caption"], "Missing argument 'SOURCE'"),
-        (["caption", "photos", "--output", "out"], "Missing option '--model'"),
+        (["caption"], "Missing argument 'SOURCE': a folder, a glob, or a file"),
+        (["caption", "photos", "--output", "out"], "Missing option '--model': a check"),
         ([*CAPTION, "--promt", "x"], "No such option: --promt"),
         ([*CAPTION, "--pp", "0"], "--pp is '0'; it should be greater than or equal to 1"),
         ([*CAPTION, "--pp", "two"], "--pp is 'two'; it should be a valid integer"),

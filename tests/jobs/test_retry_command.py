@@ -30,9 +30,11 @@ def vl01(capsys, monkeypatch):
         return stand_in.answer
 
     stand_in.retry, stand_in.Choice = retry, lambda *chosen: chosen
-    stand_in.stored_job = lambda output, endpoint_url: STORED.model_dump(mode="json")
+    early = SimpleNamespace(check=lambda job: None)
+    early.stored_job = lambda output, endpoint_url: STORED.model_dump(mode="json")
     monkeypatch.setitem(sys.modules, "pipeline.retry", stand_in)
-    monkeypatch.setattr("jobs.cli.report_after_run", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "pipeline.early", early)
+    monkeypatch.setattr("jobs.retry.report_after_run", lambda *_: None)
 
     def run(*arguments: str, answer: object = DONE):
         stand_in.answer = answer

@@ -394,7 +394,7 @@ def test_each_value_is_found_in_a_text_with_spaces_and_escapes():
         ({"$ref": "https://example.org/s"}, "x/$ref: 'https://example.org/s' is not in #/$defs"),
         ({"$ref": "#/$defs/none"}, "#/properties/x/$ref: '#/$defs/none' is not in #/$defs"),
         ({"anyOf": [{"const": 1}, {"const": 2}]}, "#/properties/x/anyOf: expected a value and"),
-        ({"type": "strin"}, "#/properties/x/type: not valid in a JSON Schema"),
+        ({"type": "strin"}, "x/type: not valid in a JSON Schema: 'strin'; expected one of string"),
         ({"type": "string", "maxLength": -1}, "#/properties/x/maxLength: not valid in a JSON"),
     ],
 )
