@@ -18,6 +18,7 @@ from model.engine.engine import Engine
 from model.engine.rank_host import Hosts
 from pipeline.canary import Canary, WrongAnswerError
 from pipeline.metrics import ReplicaMetrics
+from pipeline.watchdog import Watchdog
 from schemas.errors import ConfigError, RowError
 from schemas.requests import Request, Result
 
@@ -88,19 +89,19 @@ class Replica:
 
     def _run(self, config: EngineConfig, hosts: Callable[[], Hosts] | None) -> None:
         try:
-            engine = start_engine(config, hosts)
-            if self._canary:
-                self._canary.check(engine)
+            engine = start_engine(config, hosts, self._canary)
         except Exception as error:
             self._ready.set_exception(error)
             return
-        metrics = ReplicaMetrics(engine)
+        metrics, watchdog = ReplicaMetrics(engine), Watchdog(engine, config.hang_seconds)
         self._taken, self._ready_at = Used(ranks=engine.rank_busy_seconds), time.monotonic()
         self._ready.set_result(None)
         try:
             while True:
                 self._add_waiting(engine)
-                metrics.look(self._step(engine), self._inbox.qsize())
+                with watchdog:
+                    seconds = self._step(engine)
+                metrics.look(seconds, self._inbox.qsize())
         except BaseException as error:
             logger.exception("the engine broke; this replica is started again")
             if self._canary and isinstance(error, WrongAnswerError):
@@ -141,15 +142,29 @@ class Replica:
         return seconds
 
 
-def start_engine(config: EngineConfig, hosts: Callable[[], Hosts] | None = None) -> Engine:
-    """Raises what Engine does, after a few tries: GPUs that a killed replica held are free only
-    some seconds later."""
+def start_engine(
+    config: EngineConfig,
+    hosts: Callable[[], Hosts] | None = None,
+    canary: Canary | None = None,
+) -> Engine:
+    """Checked by the canary. Raises what Engine and the check do, after a few tries: GPUs that a
+    killed replica held are free only some seconds later."""
     for _ in range(START_TRIES - 1):
         try:
-            return Engine(config, hosts and hosts())
-        except ConfigError:
+            return _checked(Engine(config, hosts and hosts()), canary)
+        except (ConfigError, WrongAnswerError):
             raise
         except Exception:
             logger.exception("the engine did not start; trying again")
             time.sleep(START_WAIT_SECONDS)
-    return Engine(config, hosts and hosts())
+    return _checked(Engine(config, hosts and hosts()), canary)
+
+
+def _checked(engine: Engine, canary: Canary | None) -> Engine:
+    if canary:
+        try:
+            canary.check(engine)
+        except BaseException:
+            engine.close()
+            raise
+    return engine

@@ -18,6 +18,7 @@ from model.engine.config import EngineConfig
 from model.engine.constraint import Constraint, Constraints
 from model.engine.live import Live
 from model.engine.memory import Memory
+from model.engine.messages import Alive
 from model.engine.microbatch import Image, Microbatch, Sampled
 from model.engine.plan import Plan
 from model.engine.rank_host import Hosts
@@ -96,6 +97,12 @@ class Engine:
     def rank_busy_seconds(self) -> tuple[float, ...]:
         """That each rank has computed so far; of ranks in other processes some seconds old."""
         return self._ranks.busy_seconds
+
+    @property
+    def alive(self) -> Alive | None:
+        """What the only rank, which is in this process, is at. None with several: `step` finds out
+        when one of them hangs. May be asked by any thread while another is in `step`."""
+        return self._ranks.alive if isinstance(self._ranks, RankInProcess) else None
 
     @property
     def occupancy(self) -> Occupancy:

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
-from model.engine.busy import BusyClock
 from model.engine.config import EngineConfig
 from model.engine.memory import share_out
+from model.engine.messages import Alive
 from model.engine.microbatch import Image, Microbatch, Sampled, SampledOnDevice
+from model.engine.progress import Progress
 from model.engine.rank import Rank, Scored
 from model.engine.sampling import Masks
 from schemas.errors import EngineError, OutOfMemoryError
@@ -26,7 +27,8 @@ class RankInProcess:
         self.capacity = share_out([rank.room()], config.most_sequences, config.tokens_per_sequence)
         rank.allocate(self.capacity)
         self._rank: Rank | None = rank
-        self._clock = BusyClock(rank.device)
+        self._progress = Progress()
+        self._clock = self._progress.follow(rank.decoder, rank.device)
         self._scored: Scored | None = None  # waits for its masks
         self._sampled: deque[SampledOnDevice] = deque()
 
@@ -39,10 +41,16 @@ class RankInProcess:
         """That the rank has computed."""
         return (self._clock.seconds,)
 
+    @property
+    def alive(self) -> Alive:
+        """What the rank is doing; to be asked from another thread than the one that made this."""
+        return self._progress.alive()
+
     @torch.inference_mode()
     def submit(self, images: Sequence[Image], microbatch: Microbatch) -> None:
         rank = self._open_rank
         assert self._scored is None  # tokens are chosen in order
+        self._progress.at(f"computing microbatch {microbatch.plan.number}")
         with _failure_explained(), self._clock.computing():
             for image in images:
                 rank.take_image(image)
@@ -63,6 +71,7 @@ class RankInProcess:
             self._sampled.append(self._open_rank.sample(scored, masks))
 
     def receive(self) -> Sampled:
+        self._progress.at("waiting for its GPU", waits=True)
         with _failure_explained():  # what fails on a GPU is first heard of here
             return self._sampled.popleft().wait()
 

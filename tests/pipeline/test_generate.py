@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +13,10 @@ from model.engine.config import EngineConfig
 from model.engine.engine import EngineStatistics, Occupancy
 from pipeline import replica
 from pipeline.attempts import Climb
+from pipeline.canary import Canary
 from pipeline.finish import finish
 from pipeline.generate import Generate, GenerateSettings, row_seed
-from schemas.errors import ConfigError, Reason, RowError
+from schemas.errors import ConfigError, EngineError, Reason, RowError
 from schemas.extraction import load_schema
 from schemas.ladder import Cause, Step
 from schemas.requests import FinishReason, Request, Result, Sampling
@@ -155,6 +156,25 @@ def test_gpus_that_are_freed_late_do_not_end_the_run(monkeypatch):
         return FakeEngine(config)
 
     assert start_with(monkeypatch, late)(prepared([good_row("a")]))["attempts"].to_pylist() == [1]
+
+
+def test_an_engine_that_breaks_while_it_is_checked_is_closed_and_started_again(monkeypatch):
+    closed, failures = [], [EngineError("rank 1 of 2 was killed by SIGKILL")]
+
+    class Closing(FakeEngine):
+        def close(self) -> None:
+            closed.append(self)
+
+    class Check:
+        def check(self, engine: FakeEngine) -> None:
+            if failures:
+                raise failures.pop()
+
+    monkeypatch.setattr(replica, "Engine", lambda config, hosts: Closing(config))
+    monkeypatch.setattr(replica, "START_WAIT_SECONDS", 0.0)
+    config, check = EngineConfig("nowhere"), cast(Canary, Check())
+    assert replica.start_engine(config, canary=check) not in closed
+    assert len(closed) == 1
 
 
 def test_the_seed_of_a_row_depends_on_the_row_and_the_job_alone():
