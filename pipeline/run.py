@@ -24,6 +24,7 @@ from pipeline.canary_book import CanaryBook, SharedBook
 from pipeline.commit import Committer
 from pipeline.documents import write_documents
 from pipeline.estimate.estimate import foretold
+from pipeline.estimate.gpus import mean_tokens
 from pipeline.generate import Generate, GenerateSettings
 from pipeline.gpus import gpus_of
 from pipeline.lease import Lease
@@ -87,7 +88,9 @@ def work(
     with ray_session(job.address):
         stop.listen()
         book = CanaryBook(committer.ledger)
-        flow = Flow(job, model, read, place(job, has_documents(pending)), book.shared())
+        prompt_tokens = tally.foretold.mean_prompt_tokens if tally.foretold else 0.0
+        placement = place(job, has_documents(pending))
+        flow = Flow(job, model, read, placement, book.shared(), prompt_tokens)
         tally.hardware = flow.place.hardware()
         tally.metrics = RunMetrics(job.output)
         with gpus_of(flow.place, tally.waits):
@@ -146,6 +149,7 @@ class Flow:
     read: ReadSettings
     place: Placement
     book: SharedBook
+    prompt_tokens: float  # of a row, on average; 0 where that is not known
 
     def generated(self, pending: pa.Table) -> Iterator[pa.Table]:
         """GENERATED rows of the pending units, as they come, in any order."""
@@ -210,6 +214,7 @@ class Flow:
             threads=self.place.threads,
             chunk_tokens=self.place.chunk_tokens,
             max_sequences=self.place.max_sequences,
+            tokens_per_sequence=mean_tokens(self.prompt_tokens, job),
             cache_bytes=None if job.cache_gib is None else int(job.cache_gib * 1024**3),
         )
         config = self.model.config

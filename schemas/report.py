@@ -69,6 +69,11 @@ class Foretold:
     speed: str | None = None
     rank_busy: tuple[float, ...] = ()
 
+    @property
+    def mean_prompt_tokens(self) -> float:
+        """Of the rows with a usable image; 0 without any."""
+        return self.prompt_tokens / max(1, self.rows - self.failed)
+
 
 @dataclass(frozen=True)
 class RunRecord:

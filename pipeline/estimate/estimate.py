@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from model.inputs.images import DecodeLimits
-from pipeline.estimate.gpus import engine_config, memory_estimate, rank_estimates
+from pipeline.estimate.gpus import engine_config, mean_tokens, memory_estimate, rank_estimates
 from pipeline.estimate.headers import HeaderReader
 from pipeline.estimate.sample import Survey, survey
 from pipeline.estimate.spread import spread
@@ -181,8 +181,7 @@ def _memory(
     job: Job, model: Model, prompt: float, assumptions: Assumptions
 ) -> MemoryEstimate | None:
     """None on CPU. Raises ConfigError when the GPUs asked for are too small."""
-    engine = engine_config(job)
+    engine = replace(engine_config(job), tokens_per_sequence=mean_tokens(prompt, job))
     if not engine.on_cuda:
         return None
-    gpu_bytes = int(assumptions.gpu_memory_gib * _GIB)
-    return memory_estimate(model.config, engine, gpu_bytes, prompt + job.max_new_tokens)
+    return memory_estimate(model.config, engine, int(assumptions.gpu_memory_gib * _GIB))

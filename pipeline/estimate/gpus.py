@@ -36,16 +36,23 @@ def engine_config(job: Job) -> EngineConfig:
     )
 
 
-def memory_estimate(
-    model: VL01Config, engine: EngineConfig, gpu_bytes: int, sequence_tokens: float
-) -> MemoryEstimate:
-    """One replica on GPUs of `gpu_bytes`, with sequences of `sequence_tokens` on average.
+def mean_tokens(prompt_tokens: float, job: Job) -> int:
+    """Of a sequence, for which memory is shared out: answers are taken to be half as long as they
+    may be, as --max-new-tokens leaves room for the long ones. Without any prompt, as the engine
+    has it."""
+    if not prompt_tokens:
+        return EngineConfig.tokens_per_sequence
+    return round(prompt_tokens + job.max_new_tokens / 2)
+
+
+def memory_estimate(model: VL01Config, engine: EngineConfig, gpu_bytes: int) -> MemoryEstimate:
+    """One replica on GPUs of `gpu_bytes`, with sequences as long as `engine` says on average.
 
     Raises ConfigError when weights and states do not fit, naming how many ranks would do.
     """
     ranks = _ranks(model, engine, engine.ranks)
     capacity = capacity_estimate(model, engine, gpu_bytes)
-    blocks = blocks_for(max(1, round(sequence_tokens)))
+    blocks = blocks_for(engine.tokens_per_sequence)
     return MemoryEstimate(
         gpus=engine.ranks,
         gpu=gpu_bytes,

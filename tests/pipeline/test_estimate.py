@@ -7,6 +7,7 @@ import time
 import tracemalloc
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from fsspec import AbstractFileSystem
 
 from model.config import load_config
 from model.decoder import Decoder
+from model.engine.config import EngineConfig
 from model.engine.cost import weight_bytes
+from model.engine.sequence import blocks_for
 from model.inputs.images import DecodeLimits
 from model.layers.linear import Quantization
 from model.nano.random_checkpoint import (
@@ -29,7 +32,13 @@ from model.nano.random_checkpoint import (
 from pipeline import sources
 from pipeline.estimate import sample
 from pipeline.estimate.estimate import estimate
-from pipeline.estimate.gpus import engine_config, memory_estimate, rank_estimates
+from pipeline.estimate.gpus import (
+    capacity_estimate,
+    engine_config,
+    mean_tokens,
+    memory_estimate,
+    rank_estimates,
+)
 from pipeline.ledger import Ledger
 from pipeline.model import model_revision, open_model
 from pipeline.placement import place
@@ -463,9 +472,8 @@ def test_the_released_model_fits_the_gpus_it_is_known_to_fit(job, released):
     model = load_config(released)
 
     def memory(pp: int, gib: float):
-        return memory_estimate(
-            model, engine_config(job.model_copy(update={"pp": pp})), int(gib * GIB), 2500
-        )
+        engine = engine_config(job.model_copy(update={"pp": pp}))
+        return memory_estimate(model, replace(engine, tokens_per_sequence=2500), int(gib * GIB))
 
     on_eight = memory(8, 80)
     assert on_eight.weights / GIB == pytest.approx(53 + 2.3, abs=1)
@@ -486,12 +494,21 @@ def test_the_ranks_that_are_shown_hold_what_the_memory_was_reckoned_from(job, re
     model, engine = load_config(released), engine_config(job.model_copy(update={"pp": pp}))
     ranks = rank_estimates(model, engine)
     assert [rank.first_layer for rank in ranks[1:]] == [rank.last_layer + 1 for rank in ranks[:-1]]
-    assert (
-        max(rank.weights for rank in ranks)
-        == memory_estimate(model, engine, 141 * GIB, 2500).weights
-    )
+    told = memory_estimate(model, engine, 141 * GIB)
+    assert max(rank.weights for rank in ranks) == told.weights
     assert sum(rank.weights for rank in ranks) / GIB == pytest.approx(423 + 2 * 2.3, abs=2)
     assert max(rank.busy or 0 for rank in ranks) == 1
+
+
+def test_memory_is_shared_out_for_rows_as_long_as_those_of_the_job(job, released):
+    model, pages = load_config(released), job.model_copy(update={"pp": 4, "max_new_tokens": 2048})
+    tokens = mean_tokens(8022, pages)
+    assert tokens == 8022 + 1024
+    assert mean_tokens(0, pages) == EngineConfig.tokens_per_sequence
+    engine = engine_config(pages)
+    blind = capacity_estimate(model, engine, 139 * GIB)
+    knowing = memory_estimate(model, replace(engine, tokens_per_sequence=tokens), 139 * GIB)
+    assert knowing.sequences > 1.3 * (blind.blocks // blocks_for(tokens))
 
 
 def test_no_gpu_is_counted_for_a_run_on_cpu(tmp_path, job):
