@@ -5,6 +5,7 @@ The replica's own actor takes no GPU then, and asks here for a host for each of 
 
 import logging
 import signal
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,7 +30,7 @@ from schemas.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-_CREATED = "CREATED"  # all GPUs of a placement group are there; none of its nodes has died since
+_CREATED = "CREATED"  # Ray's word for a placement group that has all that it asked for
 _START_SECONDS = 60.0  # for an actor whose GPU is there
 _ANSWER_SECONDS = 2.0  # for an actor that has only to say what it knows
 
@@ -53,10 +54,7 @@ class RankHosts:
         # Rank 0, which takes the images, is on this node if any is.
         bundles = sorted(nodes, key=lambda bundle: (nodes[bundle] != here, nodes[bundle], bundle))
         actors = [_actor(group, bundle) for bundle in bundles]
-        try:
-            ray.get([actor.ready.remote() for actor in actors], timeout=_START_SECONDS)
-        except RayError as error:
-            raise EngineError(f"the host of a rank did not start: {error}") from error
+        _wait_until_up(actors, group)
         return Hosts(address, [HostElsewhere(actor, address) for actor in actors])
 
 
@@ -147,6 +145,21 @@ def _open(door: Door, started: ray.ObjectRef) -> Connection:
                 raise
 
 
+def _wait_until_up(actors: list[ActorHandle], group: PlacementGroup) -> None:
+    """Raises EngineError, at once when Ray finds that a node is gone: nothing on it will start."""
+    left: list[Any] = [actor.ready.remote() for actor in actors]
+    deadline = time.monotonic() + _START_SECONDS
+    while left and time.monotonic() < deadline and _is_there(group):
+        up, left = ray.wait(left, timeout=1.0)
+        try:
+            ray.get(up)
+        except RayError as error:
+            raise EngineError(f"the host of a rank did not start: {error}") from error
+    if left:
+        why = "is not up after a minute" if _is_there(group) else "was on a node that is gone"
+        raise EngineError(f"the host of a rank {why}")
+
+
 def _actor(group: PlacementGroup, bundle: int) -> ActorHandle:
     where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
     actor: Any = ray.remote(HostActor)
@@ -158,7 +171,7 @@ def _group(ranks: int) -> PlacementGroup:
     name = f"{_prefix()}{ray.get_runtime_context().get_actor_id()}"
     try:
         group = get_placement_group(name)
-        if placement_group_table(group)["state"] == _CREATED:
+        if _is_there(group):
             return group
         remove_placement_group(group)
     except ValueError:  # there is none
@@ -168,6 +181,11 @@ def _group(ranks: int) -> PlacementGroup:
     while not group.wait(60):
         logger.warning("still waiting for %d GPUs", ranks)
     return group
+
+
+def _is_there(group: PlacementGroup) -> bool:
+    """Has it all its GPUs, and is no node of them known to be gone?"""
+    return placement_group_table(group)["state"] == _CREATED
 
 
 def _groups_of_job() -> list[dict[str, Any]]:
