@@ -12,6 +12,7 @@ from pipeline.placement import Placement
 from pipeline.rank_hosts import give_back_gpus, groups_waiting
 
 LOOK_SECONDS = 5.0
+_NOWHERE = {("PENDING_CREATION", False), ("RESTARTING", False), ("RESTARTING", True)}
 
 
 @contextmanager
@@ -48,10 +49,10 @@ def _waiting(place: Placement) -> str | None:
     free = [int(node.get("GPU", 0)) for node in available_resources_per_node().values()]
     if not waiting or (sum(free) if place.hosts else max(free, default=0)) >= place.ranks:
         return None
-    scattered = f", on several nodes; each needs {place.ranks} of one" if len(free) > 1 else ""
+    scattered = ", but not on one node" if sum(free) >= place.ranks else ""
     return (
         f"waiting for GPUs: {waiting} of {place.replicas} replicas, {place.ranks} each;"
-        f" free: {sum(free)}{scattered if sum(free) >= place.ranks else ''}"
+        f" free: {sum(free)}{scattered}"
     )
 
 
@@ -61,7 +62,7 @@ def _actors_waiting() -> int:
     return sum(
         actor["JobID"] == job
         and actor["ActorClassName"].endswith("(Generate))")  # as Ray Data calls them
-        and actor["State"] in ("PENDING_CREATION", "RESTARTING")
-        and not actor["Pid"]
+        # A process that was given a place has a Pid; in a restart it is still that of the old one.
+        and (actor["State"], bool(actor["Pid"])) in _NOWHERE
         for actor in actors().values()
     )

@@ -6,6 +6,7 @@ The replica's own actor takes no GPU then, and asks here for a host for each of 
 import logging
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -65,8 +66,9 @@ def groups_waiting() -> int:
 
 def give_back_gpus() -> None:
     """That the replicas of this run (Ray job) took. Ray does so when the job ends, not before."""
-    for group in _groups_of_job():
-        remove_placement_group(get_placement_group(group["name"]))
+    with suppress(RayError, ValueError):  # without a cluster, or without the group, they are
+        for group in _groups_of_job():
+            remove_placement_group(get_placement_group(group["name"]))
 
 
 class HostActor:
