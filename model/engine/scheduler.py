@@ -25,9 +25,10 @@ from schemas.errors import Reason, RowError
 
 # With several ranks the prompts that could begin now are spread over so many microbatches each, in
 # shares of so many tokens at least. Sequences end in bunches, and a rank that computes the prompts
-# of a bunch at once is waited for by all others: simulated (`vl01 bench ranks`), four ranks were
-# busy 64 to 69% of the time, and 94 to 98% with these; twice the rounds are no faster, half of them
-# slower by 2 to 6%. So few tokens cost nothing: decode reads the weights anyway.
+# of a bunch at once is waited for by all others: simulated (`vl01 bench ranks`), with answers of
+# many lengths, four ranks were busy 59 to 72% of the time and are 95 to 99% with these. Twice the
+# rounds are no faster, half of them up to 5% slower. So few tokens cost nothing: decode reads the
+# weights anyway.
 _ROUNDS = 8
 _LEAST_SHARE = 256
 
