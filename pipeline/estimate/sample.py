@@ -25,11 +25,12 @@ _PLACES = {
     UnitKind.LIST: 256,  # each is fetched whole, maybe from a slow server
 }
 _BATCH = {UnitKind.IMAGES: 1, UnitKind.DOCUMENTS: 16}  # files looked into by one call
-# Parquet images are read whole, sixteen at a time; of the others the headers alone.
+# Parquet images are read whole, sixteen at a time; of the others the headers alone. Documents take
+# a renderer for each thread, also those in a tar.
 _THREADS = {
     UnitKind.IMAGES: 32,
     UnitKind.DOCUMENTS: 4,
-    UnitKind.TAR: 32,
+    UnitKind.TAR: 16,
     UnitKind.PARQUET: 2,
     UnitKind.LIST: 16,
 }
