@@ -5,6 +5,7 @@ The coordinator opens a Door and tells the other side, by a way that is trusted,
 
 import os
 import socket
+import struct
 import time
 from contextlib import suppress
 from multiprocessing import AuthenticationError
@@ -63,6 +64,15 @@ def knock(address: tuple[str, int], key: bytes, seconds: float) -> socket.socket
         deliver_challenge(channel, key)
         answer_challenge(channel, key)
     return wire
+
+
+def limit_sends(channel: Connection, seconds: int) -> None:
+    """From now on, sending raises BlockingIOError when not a byte is taken for so long."""
+    # A write that has sent a part returns when the time is up; only the next one, after as long
+    # again, fails.
+    limit = struct.pack("ll", max(1, seconds // 2), 0)
+    with socket.socket(fileno=os.dup(channel.fileno())) as wire:
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 def _prepare(wire: socket.socket) -> None:

@@ -15,6 +15,8 @@ from typing import Protocol
 
 WORKER = "model.engine.rank_worker"
 
+_SECONDS_TO_DIE = 5.0  # of SIGKILL; one whose driver hangs may not, and nobody waits for it
+
 # Read by glibc when a process starts. With its defaults a replica that takes pages from 16 threads
 # grew from 0.35 to 1.2 GB in 280 pages; with these it stays at 0.78.
 GIVE_MEMORY_BACK = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1048576"}
@@ -117,7 +119,7 @@ class LocalProcess:
 
     def kill(self) -> None:
         self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
+        self.wait(_SECONDS_TO_DIE)
 
 
 def _environment(interface: str | None) -> dict[str, str]:

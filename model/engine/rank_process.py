@@ -4,9 +4,9 @@ import logging
 import signal
 import time
 from collections import deque
-from contextlib import suppress
 from typing import Any
 
+from model.engine.channel import limit_sends
 from model.engine.config import EngineConfig
 from model.engine.messages import Alive, AreYouThere, Failed, OutOfMemory, Start
 from model.engine.rank_host import RankHost
@@ -30,7 +30,9 @@ class RankProcess:
         self.ended = False
         self._name = f"rank {rank} of {config.ranks}"
         self._exit_code: int | None = None
+        self._took_nothing = False
         self._channel, self._process = host.start()
+        limit_sends(self._channel, config.hang_seconds)
         log_level = logging.getLogger(__name__).getEffectiveLevel()
         self.tell(Start(config, rank, host.gpu, meeting_point, log_level))
 
@@ -53,9 +55,15 @@ class RankProcess:
         return (self._exit_code or 0) < 0
 
     def tell(self, message: Any) -> None:
-        """Send a message. One to a process that is gone is dropped: `listen` will notice."""
-        with suppress(OSError):
+        """Send a message. One to a process that is gone is dropped: `listen` will notice. One that
+        takes nothing, though a thread of it has nothing else to do, hangs and is killed."""
+        try:
             self._channel.send(message)
+        except BlockingIOError:
+            self._took_nothing = True
+            self._process.kill()
+        except OSError:
+            pass
 
     def ask(self) -> None:
         """Whether it is there, unless that has been asked and not answered."""
@@ -87,7 +95,8 @@ class RankProcess:
         code = self._exit_code
         how = "is ending" if code is None else f"ended with exit code {code}"
         if self.killed:
-            how = f"was killed by {signal.Signals(-(code or 0)).name}"
+            how = "took no message, and " if self._took_nothing else ""
+            how += f"was killed by {signal.Signals(-(code or 0)).name}"
         detail = f":\n{self.failure.traceback}" if isinstance(self.failure, Failed) else ""
         return f"{self} {how}{detail}"
 

@@ -4,10 +4,13 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 
 from model.engine.config import EngineConfig
 from model.engine.engine import Engine
+from model.engine.microbatch import Image, Microbatch
+from model.engine.plan import Plan
 from schemas.errors import EngineError
 from tests.model.engine.conftest import token_ids
 from tests.model.engine.test_rank_processes import gone
@@ -53,6 +56,21 @@ def test_a_slow_microbatch_is_waited_for_and_a_stopped_process_is_not(
         ):
             list(engine.generate([]))
         assert HANG_SECONDS <= time.monotonic() - stopped < NOTICED
+        assert gone(pids, within=1.0)
+
+
+def test_a_stopped_rank_that_takes_no_more_images_is_ended_and_named(checkpoint):
+    with Engine(_config(checkpoint)) as engine:
+        pids = engine.rank_pids
+        os.kill(pids[0], signal.SIGSTOP)
+        flood = [Image(n, np.zeros((99, 56, 56, 3), np.uint8), (56, 56)) for n in range(4)]
+        stopped = time.monotonic()
+        engine._ranks.submit(flood, Microbatch(Plan(0, (), (), ()), np.empty(0), ()))
+        assert HANG_SECONDS / 2 <= time.monotonic() - stopped < NOTICED
+        with pytest.raises(
+            EngineError, match=rf"^rank 0 of 2 \(pid {pids[0]}\) took no message, and was killed by"
+        ):
+            engine._ranks.receive()
         assert gone(pids, within=1.0)
 
 
