@@ -71,7 +71,7 @@ def show_plan(plan: Estimate) -> None:
             "headers": _headers(plan),
             "tiles": _spread(plan.tiles),
             "prompts": f"{_spread(plan.prompt_tokens)} tokens",
-            "ranks": split_of(plan.ranks) if len(plan.ranks) > 1 else "",
+            "ranks": _ranks(plan.ranks) if len(plan.ranks) > 1 else "",
             "memory": _memory(plan.memory) if plan.memory else "not reckoned: the run is on CPU",
             "speed": _speed(plan),
             "time": _time(plan),
@@ -113,14 +113,14 @@ def _spread(spread: Spread) -> str:
     return f"{spread.total:,} in all; median {spread.median:,}, 95th percentile {spread.p95:,}"
 
 
-def split_of(ranks: Sequence[RankEstimate]) -> str:
-    """Who holds which layers, with how much of what."""
+def _ranks(ranks: Sequence[RankEstimate]) -> str:
     parts = [
-        f"layers {rank.first_layer} to {rank.last_layer} with {rank.weights / _GIB:,.1f} GiB of "
-        f"weights{'' if rank.busy is None else f', busy at most {rank.busy:.0%}'}"
+        f"{rank.first_layer} to {rank.last_layer} ({rank.weights / _GIB:,.1f} GiB"
+        f"{'' if rank.busy is None else f', {rank.busy:.0%}'})"
         for rank in ranks
     ]
-    return f"{len(ranks)} in a replica: {'; '.join(parts)}"
+    busy = "" if ranks[0].busy is None else " and the most it can be busy"
+    return f"{len(ranks)} in a replica, by layers, with weights{busy}: {', '.join(parts)}"
 
 
 def _memory(memory: MemoryEstimate) -> str:

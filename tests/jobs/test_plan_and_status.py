@@ -49,8 +49,8 @@ def test_a_plan_shows_what_the_run_will_read_and_cost(vl01, job, tmp_path):
     assert "9: 3 image files, 3 in tars, 3 in Parquet files" in shown
     assert "all 9 were read" in shown
     assert "2 GPUs of 80 GiB" in shown
-    assert "2 in a replica: layers 0 to" in shown
-    assert "to 7 with 0.0 GiB of weights, busy at most" in shown
+    assert "2 in a replica, by layers, with weights and the most it can be busy: 0 to" in shown
+    assert "to 7 (0.0 GiB, " in shown
     assert "GPU-hours" in shown
     assert "at 3 per GPU-hour" in shown
     assert not (tmp_path / "out").exists()
