@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +141,13 @@ def wait_for(condition: Callable[[], object], seconds: float = 2 * MINUTE) -> fl
 
 
 class Disturbance(threading.Thread):
-    """Does this and that to a run, one after the other as it goes on. Each of `seconds` is the time
-    from a deed until a unit is committed that new ranks have computed."""
+    """Does this and that to a run, one after the other as it goes on. The seconds from a deed until
+    all ranks of before are gone, `down`, and until new ones have done a unit, `up`."""
 
     def __init__(self, output: Path, *deeds: Callable[[], object]) -> None:
         super().__init__(daemon=True)
-        self.seconds: list[float] = []
+        self.down: list[float] = []
+        self.up: list[float] = []
         self.nodes: set[str] = set()  # of the replica, at first
         self._output, self._deeds = output, deeds
         self.start()
@@ -156,22 +156,22 @@ class Disturbance(threading.Thread):
         self._wait_for_commit()
         self.nodes = {node for group in groups() for node in group["bundles_to_node_id"].values()}
         for deed in self._deeds:
-            before = {process.pid for process in processes("rank_worker")}
+            before = ranks()
             deed()
             done = time.monotonic()
-            wait_for(partial(are_new, before))
+            wait_for(lambda before=before: not ranks() & before)
+            self.down.append(round(time.monotonic() - done, 1))
+            wait_for(lambda before=before: len(ranks() - before) == 2)
             self._wait_for_commit()
-            self.seconds.append(round(time.monotonic() - done, 1))
+            self.up.append(round(time.monotonic() - done, 1))
 
     def _wait_for_commit(self) -> None:
         before = commits(self._output)
         wait_for(lambda: commits(self._output) > before)
 
 
-def are_new(before: set[int]) -> bool:
-    """Two ranks run, and none of those."""
-    now = {process.pid for process in processes("rank_worker")}
-    return len(now) == 2 and not now & before
+def ranks() -> set[int]:
+    return {process.pid for process in processes("rank_worker")}
 
 
 def groups() -> list[dict]:
@@ -183,7 +183,7 @@ def kill(name: str) -> Callable[[], None]:
 
 
 def nothing_is_left() -> bool:
-    return not (groups() or processes("rank_worker") or processes("HostActor"))
+    return not (groups() or ranks() or processes("HostActor"))
 
 
 def test_gpus_that_are_not_there_are_missed_at_once(cluster, folder):
@@ -207,10 +207,10 @@ def test_a_replica_of_two_nodes_outlives_kills_and_writes_what_one_rank_does(
     disturbance = Disturbance(output, kill("rank_worker"), kill("HostActor"), kill("Generate"))
     pipeline.run.run(job(folder, "killed", pp=2))
     disturbance.join(timeout=1)
-    print("seconds to recover from a killed rank, host, replica:", disturbance.seconds)
+    print("a killed rank, host, replica: seconds", disturbance.down, "and", disturbance.up)
     assert len(disturbance.nodes) == 2
-    assert len(disturbance.seconds) == 3
-    assert max(disturbance.seconds) < MINUTE
+    assert len(disturbance.up) == 3
+    assert max(disturbance.down) < MINUTE
     assert rows_of(output) == alone[0]
     assert verify(str(output), deep=True).ok
     wait_for(nothing_is_left, 10)
@@ -227,16 +227,17 @@ def test_a_killed_driver_leaves_nothing_and_its_successor_outlives_the_loss_of_a
     wait_for(lambda: commits(output))
     driver.kill()
     driver.wait()
-    print("seconds until nothing was left of a killed driver:", wait_for(nothing_is_left, MINUTE))
+    print("seconds until nothing is left of a killed driver:", wait_for(nothing_is_left, MINUTE))
 
     other = hold_a_gpu()
     said = told(monkeypatch, lambda: ray.kill(other))
     disturbance = Disturbance(output, lambda: lose_a_node(cluster))
     pipeline.run.run(job(folder, "lost", pp=2))
     disturbance.join(timeout=1)
-    print("seconds to recover from a lost node:", disturbance.seconds)
+    print("a lost node: seconds", disturbance.down, "and", disturbance.up)
     assert said[0].startswith("waiting for GPUs: 1 of 1 replicas, 2 each; free: ")
-    assert max(disturbance.seconds) < MINUTE
+    assert len(disturbance.up) == 1
+    assert disturbance.down[0] < MINUTE
     assert rows_of(output) == alone[0]
     assert verify(str(output), deep=True).ok
     wait_for(nothing_is_left, 10)
