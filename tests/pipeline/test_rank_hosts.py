@@ -149,11 +149,11 @@ class Disturbance(threading.Thread):
         self.down: list[float] = []
         self.up: list[float] = []
         self.nodes: set[str] = set()  # of the replica, at first
-        self._output, self._deeds = output, deeds
+        self._output, self._deeds, self._units = output, deeds, commits(output)
         self.start()
 
     def run(self) -> None:
-        self._wait_for_commit()
+        self._wait_for_commit(self._units)
         self.nodes = {node for group in groups() for node in group["bundles_to_node_id"].values()}
         for deed in self._deeds:
             before = ranks()
@@ -161,12 +161,12 @@ class Disturbance(threading.Thread):
             done = time.monotonic()
             wait_for(lambda before=before: not ranks() & before)
             self.down.append(round(time.monotonic() - done, 1))
+            units = commits(self._output)
             wait_for(lambda before=before: len(ranks() - before) == 2)
-            self._wait_for_commit()
+            self._wait_for_commit(units)
             self.up.append(round(time.monotonic() - done, 1))
 
-    def _wait_for_commit(self) -> None:
-        before = commits(self._output)
+    def _wait_for_commit(self, before: int) -> None:
         wait_for(lambda: commits(self._output) > before)
 
 
