@@ -12,8 +12,9 @@ from types import TracebackType
 
 import numpy as np
 
-from model.config import VL01Config, load_config
+from model.config import load_config
 from model.engine.answer import Answer
+from model.engine.check_request import check_request
 from model.engine.config import EngineConfig
 from model.engine.constraint import Constraint, Constraints
 from model.engine.live import Live
@@ -27,7 +28,6 @@ from model.engine.rank_processes import RankProcesses
 from model.engine.ranks import layer_spans
 from model.engine.sampling import Masks
 from model.engine.scheduler import Scheduler
-from model.inputs.tiling import choose_layout
 from model.layers.ragged import BLOCK_TOKENS
 from model.tokenizer import Tokenizer
 from schemas.errors import EngineError, OutOfMemoryError
@@ -120,7 +120,7 @@ class Engine:
         held to its JSON Schema, and ValueError when it contradicts itself: no tokens, an id that no
         token has, or an image with another number of image tokens or tiles.
         """
-        _check_request(request, self._model)
+        check_request(request, self._model)
         constraint = self._constraint(request.sampling.json_schema)
         prompt_tokens = len(request.token_ids)
         key = self._scheduler.add(prompt_tokens, request.sampling.max_new_tokens)
@@ -320,32 +320,4 @@ class Engine:
             microbatches=self._statistics.microbatches + 1,
             prompt_tokens=self._statistics.prompt_tokens + plan.tokens - decoded,
             output_tokens=self._statistics.output_tokens + written,
-        )
-
-
-def _check_request(request: Request, model: VL01Config) -> None:
-    vocab_size = model.text.vocab_size
-    if not len(request.token_ids):
-        raise ValueError(f"request {request.id} has no tokens; expected at least one")
-    # ON_DEVICE is one of them: it would stand for a token of another request.
-    unknown = request.token_ids[(request.token_ids < 0) | (request.token_ids >= vocab_size)]
-    if len(unknown):
-        raise ValueError(
-            f"request {request.id} has the token id {unknown[0]}; expected 0 to {vocab_size - 1}"
-        )
-    tokens = int((request.token_ids == model.image_token_id).sum())
-    tiles = 0 if request.tiles is None else len(request.tiles)
-    expected_tokens = expected_tiles = 0
-    if request.tiles is not None or request.image_size is not None:
-        if request.image_size is None or request.tiles is None:
-            raise ValueError(f"request {request.id} has tiles or an image size; expected both")
-        vision = model.vision
-        layout = choose_layout(
-            *request.image_size, model.pinpoints, vision.image_size, vision.patch_size
-        )
-        expected_tokens, expected_tiles = layout.tokens, layout.tiles
-    if (tokens, tiles) != (expected_tokens, expected_tiles):
-        raise ValueError(
-            f"request {request.id} has {tokens} image tokens and {tiles} tiles; an image of size "
-            f"{request.image_size} has {expected_tokens} and {expected_tiles}"
         )
