@@ -23,7 +23,7 @@ from tests.sources import write_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-START_SECONDS = 120  # for a run to write its first commit record, on a busy machine of two cores
+START_SECONDS = 300  # for a run to write its first commit record, on a busy machine of two cores
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ def test_only_what_is_computed_counts():
     clock = BusyClock(torch.device("cpu"))
     with clock.computing():
         time.sleep(0.05)
-    time.sleep(0.2)
+    time.sleep(1)
     with clock.computing():
         time.sleep(0.05)
-    assert 0.1 <= clock.seconds < 0.2
+    assert 0.1 <= clock.seconds < 1
 
 
 @pytest.mark.gpu
