@@ -70,6 +70,7 @@ def test_without_a_run_the_table_of_the_project_tells_the_speed_of_the_released_
 def test_as_many_replicas_as_fit_count_as_one_where_no_run_tells_more(text):
     one, auto = found(job(pp=4), text), found(job(pp=4, replicas="auto"), text)
     assert one is not None
+    assert auto is not None
     assert auto == replace(one, origin=auto.origin)
     assert "as if --replicas auto were 1" in auto.origin
     asked = found(job(pp=4, replicas="auto"), text, tokens_per_second=1000)
