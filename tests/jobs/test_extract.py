@@ -64,7 +64,7 @@ def test_a_retry_and_a_cluster_need_no_file_any_more(schema_file, tmp_path):
     job = job_from_flags(extract.TASK, FLAGS | {"schema": "policy.json"})
     schema_file.unlink()
     stored = json.loads(json.dumps(job.model_dump(mode="json")))
-    assert job_of_retry(stored, job.output, {}) == job
+    assert job_of_retry(stored, job.output, {}) == (job, {})
     sent = tmp_path / "sent.yaml"
     sent.write_text(json.dumps(stored))
     assert job_from_file(sent) == job
