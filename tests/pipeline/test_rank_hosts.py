@@ -35,6 +35,7 @@ from tests.images import good_images
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 MINUTE = 60.0
+IMAGES = 160  # enough that a run lasts until all has been done to it, on a quiet machine too
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     write_random_checkpoint(folder / "checkpoint", tile=56)
     (folder / "in").mkdir()
-    for name, data in good_images(40):
+    for name, data in good_images(IMAGES):
         (folder / "in" / f"{name}.jpg").write_bytes(data)
     return folder
 
@@ -196,7 +197,7 @@ def test_gpus_that_are_not_there_are_missed_at_once(cluster, folder):
 def test_a_run_whose_gpus_others_hold_says_so_and_waits(alone):
     rows, said = alone
     assert set(said) == {"waiting for GPUs: 1 of 1 replicas, 1 each; free: 0"}
-    assert rows.num_rows == 40
+    assert rows.num_rows == IMAGES
 
 
 def test_a_replica_of_two_nodes_outlives_kills_and_writes_what_one_rank_does(

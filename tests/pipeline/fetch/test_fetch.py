@@ -114,6 +114,7 @@ def test_no_more_is_fetched_ahead_than_a_few_files(tmp_path):
 
 
 def test_a_reader_that_stops_early_leaves_no_thread_behind(monkeypatch):
+    before = set(threading.enumerate())
     with serve() as site:
         site.answers["/busy"] = http_server.fail_then(10**6, 503, b"")
         addresses = [site.url("/x")] * 9 + [site.url("/busy")] * 30
@@ -121,7 +122,8 @@ def test_a_reader_that_stops_early_leaves_no_thread_behind(monkeypatch):
         monkeypatch.setattr(http, "FIRST_WAIT_S", 20.0)
         assert next(found)[1].error
         found.close()
-    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
+    since = set(threading.enumerate()) - before
+    assert not [thread for thread in since if "ThreadPool" in thread.name]
 
 
 def test_a_full_disk_costs_the_row_that_met_it(monkeypatch, tmp_path):
