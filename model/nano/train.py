@@ -261,7 +261,8 @@ class Sitting:
 
 
 class Log:
-    """The mean losses of every so many batches, one JSON object a line."""
+    """The mean losses of every so many batches, one JSON object a line. FloatingPointError ends a
+    sitting whose loss is no number any more: STATE keeps what was saved before."""
 
     def __init__(self, path: Path, every: int) -> None:
         self._path, self._every = path, every
@@ -291,6 +292,8 @@ class Log:
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(f"the loss is {means['loss']} at batch {number}")
         self._sums, self._batches, self._pages, self._tokens = {}, 0, 0, 0
         self._since = time.monotonic()
 
