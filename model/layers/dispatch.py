@@ -21,8 +21,11 @@ _HEAD_SIZES = (32, 64, 128)
 
 
 def kernels(x: Tensor) -> ModuleType | None:
-    """The kernels, if the activations `x` are what they take: bf16 on a Hopper GPU."""
-    if _plain or not x.is_cuda or x.dtype != torch.bfloat16 or not _is_hopper(x.device):
+    """The kernels, if the activations `x` are what they take: bf16 on a Hopper GPU. They have no
+    derivative, so what is trained is left to the plain code."""
+    if _plain or x.requires_grad:
+        return None
+    if not x.is_cuda or x.dtype != torch.bfloat16 or not _is_hopper(x.device):
         return None
     from model.layers import kernels
 

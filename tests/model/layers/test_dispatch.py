@@ -20,8 +20,10 @@ def triton(monkeypatch):
     return module
 
 
-def on_gpu(*shape: int, dtype=torch.bfloat16, capability=(9, 0)):
-    return SimpleNamespace(is_cuda=True, dtype=dtype, shape=shape, device=capability)
+def on_gpu(*shape: int, dtype=torch.bfloat16, capability=(9, 0), requires_grad=False):
+    return SimpleNamespace(
+        is_cuda=True, dtype=dtype, shape=shape, device=capability, requires_grad=requires_grad
+    )
 
 
 def test_a_cpu_or_fp32_or_another_generation_never_takes_a_kernel(triton):
@@ -29,6 +31,10 @@ def test_a_cpu_or_fp32_or_another_generation_never_takes_a_kernel(triton):
     assert dispatch.kernels(torch.zeros(1, dtype=torch.bfloat16)) is None
     assert dispatch.kernels(on_gpu(1, dtype=torch.float32)) is None  # type: ignore[arg-type]
     assert dispatch.kernels(on_gpu(1)) is triton  # type: ignore[arg-type]
+
+
+def test_kernels_never_cut_a_gradient_off(triton):
+    assert dispatch.kernels(on_gpu(1, requires_grad=True)) is None  # type: ignore[arg-type]
 
 
 def test_sizes_that_no_kernel_computes_take_the_plain_code(triton):
