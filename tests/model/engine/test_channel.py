@@ -25,6 +25,15 @@ def knocking(address, key, into: list) -> threading.Thread:
     return thread
 
 
+def connected(door: Door) -> tuple[Connection, socket.socket]:
+    """The two ends of a channel: of who opened the door, and of who knocked."""
+    came = []
+    thread = knocking(door.address, door.key, came)
+    ours = door.open(5.0)
+    thread.join(timeout=5)
+    return ours, came.pop()
+
+
 def test_strangers_and_silent_ones_do_not_come_in_and_keep_nobody_out(monkeypatch):
     monkeypatch.setattr(channel, "_PATIENCE", 0.2)
     with Door("127.0.0.1") as door:
@@ -64,11 +73,8 @@ def test_nobody_comes_and_the_wait_ends():
 def test_both_ends_notice_within_a_minute_that_the_other_machine_is_gone():
     """The kernel does the work; what it was told is what can be seen without unplugging a cable."""
     with Door("127.0.0.1") as door:
-        came = []
-        thread = knocking(door.address, door.key, came)
-        ours = door.open(5.0)
-        thread.join(timeout=5)
-        ends = [socket.socket(fileno=ours.fileno()), came.pop()]
+        ours, theirs = connected(door)
+        ends = [socket.socket(fileno=ours.fileno()), theirs]
         for end in ends:
             tcp = [
                 end.getsockopt(socket.IPPROTO_TCP, option)
@@ -90,11 +96,7 @@ def test_both_ends_notice_within_a_minute_that_the_other_machine_is_gone():
 
 def test_an_end_that_was_cut_off_is_an_error_of_the_channel():
     with Door("127.0.0.1") as door:
-        came = []
-        thread = knocking(door.address, door.key, came)
-        ours = door.open(5.0)
-        thread.join(timeout=5)
-        end = came.pop()
+        ours, end = connected(door)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         end.close()  # a reset, as of a machine that came up again
         with pytest.raises((EOFError, OSError)):
