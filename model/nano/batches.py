@@ -120,6 +120,15 @@ class Batch:
     def pin_memory(self) -> "Batch":
         return self._each(Tensor.pin_memory)
 
+    def copy_(self, other: "Batch") -> None:
+        """Overwrites all tensors with those of a batch of the same layout."""
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(theirs, non_blocking=True)
+
+    def _tensors(self) -> list[Tensor]:
+        a = self.asked
+        return [self.tiles, self.patches, *((a.ids, a.is_answer, a.places) if a else ())]
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         a = self.asked
         asked = a and Asked(change(a.ids), change(a.is_answer), change(a.places), a.tasks)

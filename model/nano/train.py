@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from model.config import load_config
 from model.decoder import Decoder
 from model.nano.batches import Batch, Batches, Plan
 from model.nano.export import export
+from model.nano.gradients import Gradients
 from model.nano.losses import Heads, Losses, Weights
 from model.nano.network import Steps
 from model.nano.optimizer import Optimizer
@@ -100,7 +100,7 @@ class Training:
     def parameters(self) -> Iterator[nn.Parameter]:
         yield from (parameter for _, parameter in self._named())
 
-    def losses(self, *, compiled: bool) -> Losses:
+    def losses(self, compiled: bool) -> Losses:
         template, steps = self.templates["read"], Steps(compiled=compiled)
         return Losses(self.decoder, self.heads, template, steps, weights=self.settings.weights)
 
@@ -194,6 +194,8 @@ def _waves(tokens: int, width: int) -> torch.Tensor:
 def train(settings: Settings) -> Training:
     """One sitting. Appends to STATE/curve.jsonl; saves STATE now and then, and at the end."""
     torch.set_float32_matmul_precision("high")
+    if settings.device == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not recorded on the default one
     sitting = Sitting(settings)
     pages, tiles = sitting.batches(Plan(settings.tokens, settings.easy)), None
     if settings.vision:
@@ -215,7 +217,12 @@ class Sitting:
         self.training = Training(settings)
         self._first = self.training.number
         self._log = Log(settings.state / "curve.jsonl", settings.log_every)
-        self._losses = self.training.losses(compiled=settings.compiled)
+        self._gradients = Gradients(
+            self.training.losses,
+            list(self.training.parameters()),
+            compiled=settings.compiled,
+            recorded=settings.device == "cuda",
+        )
 
     def seconds(self) -> float:
         return time.monotonic() - self._begin
@@ -231,7 +238,7 @@ class Sitting:
 
     def step(self, batch: Batch) -> None:
         settings, training = self._settings, self.training
-        found = self._learn(batch.to(settings.device))
+        found = self._gradients(batch)
         left = max(0.0, settings.seconds - self.seconds())
         fall = min(1.0, left / settings.decay) if settings.decay else 1.0
         rise = min(1.0, (training.number - self._first + 1) / _WARM_UP)
@@ -241,23 +248,6 @@ class Sitting:
         if time.monotonic() - self._saved > settings.save_every:
             training.save()
             self._saved = time.monotonic()
-
-    def _learn(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Gradients of a batch. What cannot be compiled is run as it is, from then on: a GPU is
-        lent for minutes, and half the speed is better than none."""
-        try:
-            found = self._losses(batch)
-            found["loss"].backward()
-        except Exception:
-            if not self._losses.compiled:
-                raise
-            traceback.print_exc()
-            print("goes on without torch.compile", flush=True)
-            for parameter in self.training.parameters():
-                parameter.grad = None
-            self._losses = self.training.losses(compiled=False)
-            return self._learn(batch)
-        return found
 
 
 class Log:
