@@ -1,7 +1,7 @@
 """What it costs to hold answers to a JSON Schema: decode speed with and without, in turns.
 
 `python -m tests.gpu.bench_masks [--width tiny --device cpu]`: tokens/s of sequences that decode
-together, over a slice with random weights, and what the host does for it. The vocabulary is made
+together, over a slice with random weights, and where a step's time goes. The vocabulary is made
 up, but as large and as varied as the released one: a mask of the random checkpoint's own few words
 would cost nothing. Left to themselves random weights fill every string up to its maxLength, where
 masks are slowest, all sequences at once: the worst case. So answers are dictated too.
@@ -13,7 +13,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from jobs.bench.slice import WIDTHS
 from model.engine import rank
+from model.engine.busy import BusyClock
 from model.engine.config import EngineConfig
 from model.engine.constraint import Constraints
 from model.engine.engine import Engine
@@ -36,10 +37,12 @@ from model.engine.rank_in_process import RankInProcess
 from model.layers.ragged import to_device
 from model.nano.random_checkpoint import write_configuration
 from model.nano.tokenizer import BEGIN, END, IMAGE
-from schemas.requests import Request, Sampling
+from schemas.requests import Request, Result, Sampling
 
 # Bounded as `extract` bounds its fields. It does not end within the tokens that are measured.
-_TEXT = {"anyOf": [{"type": "string", "maxLength": 80}, {"type": "null"}]}
+_MOST_TEXT, _MOST_ADDRESS = 80, 400  # characters
+_TEXT = {"anyOf": [{"type": "string", "maxLength": _MOST_TEXT}, {"type": "null"}]}
+_ADDRESS = {"type": "string", "maxLength": _MOST_ADDRESS}
 _DATE = {"type": "string", "pattern": "^[12][0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])$"}
 _MONEY = {"type": "number", "multipleOf": 0.01, "minimum": -(10**15) + 1, "maximum": 10**15 - 1}
 
@@ -57,8 +60,8 @@ _LINE = _object(description=_TEXT, quantity=_MONEY, unit_price=_MONEY, amount=_M
 _INVOICE = _object(
     invoice_number=_TEXT,
     invoice_date=_DATE,
-    seller=_object(name=_TEXT, address={"type": "string", "maxLength": 400}, tax_number=_TEXT),
-    buyer=_object(name=_TEXT, address={"type": "string", "maxLength": 400}, tax_number=_TEXT),
+    seller=_object(name=_TEXT, address=_ADDRESS, tax_number=_TEXT),
+    buyer=_object(name=_TEXT, address=_ADDRESS, tax_number=_TEXT),
     currency={"type": "string", "pattern": "^[A-Z]{3}$"},
     lines={"type": "array", "items": _LINE, "maxItems": 100},
     total=_MONEY,
@@ -128,15 +131,15 @@ def answers(tokenizer: str, sequences: int, tokens: int) -> list[list[int]]:
 def _answer(
     rng: random.Random, words: Iterator[str], cut: Callable[[str], list[int]], tokens: int
 ) -> list[int]:
-    def text(most: int) -> str:
-        return " ".join(next(words).strip() for _ in range(rng.randint(1, most)))
+    def text(most_words: int, most: int = _MOST_TEXT) -> str:
+        return " ".join(next(words).strip() for _ in range(rng.randint(1, most_words)))[:most]
 
     def money() -> float:
         return rng.randrange(10 ** rng.randint(2, 7)) / 100
 
     def party() -> dict:
         tax_number = None if rng.random() < 0.5 else f"DE{rng.randrange(10**9)}"
-        return {"name": text(4), "address": text(14), "tax_number": tax_number}
+        return {"name": text(4), "address": text(14, _MOST_ADDRESS), "tax_number": tax_number}
 
     def line() -> dict:
         numbers = {"quantity": money(), "unit_price": money(), "amount": money()}
@@ -177,7 +180,7 @@ def dictated(texts: list[list[int]]) -> Iterator[None]:
 
 @contextmanager
 def timed(owner: type, method: str) -> Iterator[list[float]]:
-    """Counts the milliseconds that each call takes."""
+    """Counts the milliseconds of the host that each call takes."""
     milliseconds: list[float] = []
     call: Callable = getattr(owner, method)
 
@@ -191,56 +194,117 @@ def timed(owner: type, method: str) -> Iterator[list[float]]:
         yield milliseconds
 
 
-def run(engine: Engine, sampling: Sampling, sequences: int) -> float:
-    """Tokens/s once all prompts are computed: of decoding alone."""
+@contextmanager
+def timed_on_device(method: str) -> Iterator[list[BusyClock]]:
+    """A clock of what the device takes for this method of the rank, once that was called."""
+    clocks: list[BusyClock] = []
+    call: Callable = getattr(Rank, method)
+
+    def measured(self: Rank, *arguments: object) -> object:
+        if not clocks:
+            clocks.append(BusyClock(self.device))
+        with clocks[0].computing():
+            return call(self, *arguments)
+
+    with mock.patch.object(Rank, method, measured):
+        yield clocks
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One run, once all prompts were computed. busy: the share of time that the device computes."""
+
+    tokens: int
+    seconds: float
+    busy: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def run(engine: Engine, sampling: Sampling, sequences: int) -> Decoded:
+    """Sequences that all decode together, from their second token to their last."""
     rng = np.random.default_rng(0)
-    prompts = engine.statistics.prompt_tokens
+    before = engine.statistics
     for n in range(sequences):
         ids = rng.integers(0, 600, PROMPT, dtype=np.int32)
         engine.add(Request(str(n), ids, sampling=replace(sampling, seed=n)))
-    while engine.statistics.prompt_tokens < prompts + sequences * PROMPT:
-        engine.step()
-    started, before = time.perf_counter(), engine.statistics.output_tokens
     results = []
+    while engine.statistics.prompt_tokens < before.prompt_tokens + sequences * PROMPT:
+        results += engine.step()
+    running = engine.occupancy.running
+    assert running == sequences, f"{running} of {sequences} decode together: {engine.capacity}"
+    (busy,), written = engine.rank_busy_seconds, engine.statistics.output_tokens
+    started = time.perf_counter()
     while engine.unfinished:
         results += engine.step()
-    written = engine.statistics.output_tokens - before
-    assert {len(result.token_ids) for result in results} == {sampling.max_new_tokens}
-    return written / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    _check(engine, results, sampling.max_new_tokens)
+    preempted = engine.statistics.preemptions - before.preemptions
+    assert not preempted, f"{preempted} of {sequences} sequences made room for others"
+    busy = (engine.rank_busy_seconds[0] - busy) / seconds
+    return Decoded(engine.statistics.output_tokens - written, seconds, busy)
+
+
+def _check(engine: Engine, results: list[Result], tokens: int) -> None:
+    """Did every answer become as long as asked?"""
+    short = [result for result in results if len(result.token_ids) != tokens]
+    told = [f"{r.id}: {r.finish_reason} at {len(r.token_ids)}, {r.text[-60:]!r}" for r in short]
+    assert results, "no answer came back"
+    assert not short, f"{len(short)} of {len(results)} answers ended early: {told[:5]}"
+
+
+_HOST = {
+    "submit": (RankInProcess, "submit"),  # launches a step's kernels
+    "wait for tokens": (RankInProcess, "receive"),  # the host is ahead of the device
+    "record": (Engine, "_record"),  # `advance` included
+    "advance": (Constraints, "advance"),
+    "masks": (Constraints, "masks"),
+    "constrain": (RankInProcess, "constrain"),  # copies masks, launches the choice of tokens
+}
+_DEVICE = ("forward", "score", "sample")
 
 
 @dataclass
 class Way:
-    """One way to decode, and what was measured of it: tokens/s of each run, milliseconds of each
-    step."""
+    """One way to decode, and what was measured of it. host: milliseconds of each call in _HOST.
+    device: mean milliseconds of a step for each of _DEVICE, of each run."""
 
     name: str
     sampling: Sampling
     texts: list[list[int]] | None = None  # what is written, whatever is sampled
-    rates: list[float] = field(default_factory=list)
-    advance: list[float] = field(default_factory=list)
-    masks: list[float] = field(default_factory=list)
-    waiting: list[float] = field(default_factory=list)
+    runs: list[Decoded] = field(default_factory=list)
+    host: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in _HOST})
+    device: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in _DEVICE})
+
+    @property
+    def rate(self) -> float:
+        """tokens/s of the best run."""
+        return max(decoded.rate for decoded in self.runs)
 
     def run(self, engine: Engine, sequences: int) -> None:
-        with (
-            dictated(self.texts) if self.texts else nullcontext(),
-            timed(Constraints, "advance") as advance,
-            timed(Constraints, "masks") as masks,
-            timed(RankInProcess, "receive") as waiting,
-        ):
-            self.rates.append(run(engine, self.sampling, sequences))
-        self.advance += advance
-        self.masks += masks
-        self.waiting += waiting
+        with ExitStack() as stack:
+            if self.texts:
+                stack.enter_context(dictated(self.texts))
+            host = {name: stack.enter_context(timed(*call)) for name, call in _HOST.items()}
+            device = {name: stack.enter_context(timed_on_device(name)) for name in _DEVICE}
+            self.runs.append(run(engine, self.sampling, sequences))
+        for name, milliseconds in host.items():
+            self.host[name] += milliseconds[1:]  # less the prompts
+        for name, (clock,) in device.items():
+            self.device[name].append(clock.seconds / clock.finished * 1e3)
 
     def describe(self, free: "Way") -> str:
+        step = [decoded.seconds / self.sampling.max_new_tokens * 1e3 for decoded in self.runs]
+        host = [f"{name} {_quantiles(times)}" for name, times in self.host.items()]
+        device = [f"{name} {np.mean(times):.2f}" for name, times in self.device.items()]
+        busy = np.mean([decoded.busy for decoded in self.runs])
         return (
-            f"{self.name}: {max(self.rates):,.0f} tokens/s, "
-            f"cost {1 - max(self.rates) / max(free.rates):.1%}, "
-            f"all runs {[round(rate) for rate in self.rates]}; ms of a step: "
-            f"waiting for the rank {_quantiles(self.waiting)}, "
-            f"advance {_quantiles(self.advance)}, masks {_quantiles(self.masks)}"
+            f"{self.name}: {self.rate:,.0f} tokens/s, cost {1 - self.rate / free.rate:.1%}, "
+            f"all runs {[round(decoded.rate) for decoded in self.runs]}; "
+            f"{np.mean(step):.2f} ms a step\n"
+            f"  device: {', '.join(device)}; {busy:.1%} busy\n  host: {', '.join(host)}"
         )
 
 
@@ -248,7 +312,7 @@ def _quantiles(milliseconds: list[float]) -> str:
     if not milliseconds:
         return "none"
     quantiles = np.percentile(milliseconds, [50, 95, 99, 100])
-    return f"{np.mean(milliseconds):.1f} (" + ", ".join(f"{q:.1f}" for q in quantiles) + ")"
+    return f"{np.mean(milliseconds):.2f} (" + ", ".join(f"{q:.1f}" for q in quantiles) + ")"
 
 
 def main() -> None:
@@ -268,8 +332,16 @@ def main() -> None:
         write_vocabulary(Path(name), sizes.vocab_size)
         tokenizer = (Path(name) / "tokenizer.json").read_text()
         texts = answers(tokenizer, given.sequences, given.new)
-        config = EngineConfig(name, device=given.device, random_weights=True, ahead=True)
+        config = EngineConfig(
+            name,
+            device=given.device,
+            random_weights=True,
+            ahead=True,
+            max_sequences=given.sequences,
+            tokens_per_sequence=PROMPT + given.new,
+        )
         with Engine(config) as engine:
+            print(f"{engine.capacity}, {config.threads_per_rank} threads for masks", flush=True)
             for temperature in given.temperature:
                 compare(engine, Sampling(given.new, temperature), given.repeat, texts)
 
@@ -288,8 +360,8 @@ def compare(engine: Engine, sampling: Sampling, repeat: int, texts: list[list[in
         for way in ways:
             way.run(engine, len(texts))
     print(
-        f"temperature {sampling.temperature:g}, {len(texts)} sequences; times are the mean "
-        "(median, 95%, 99%, most)"
+        f"temperature {sampling.temperature:g}, {len(texts)} sequences; milliseconds are the "
+        "mean (median, 95%, 99%, most) of a step"
     )
     for way in ways:
         print(way.describe(free), flush=True)
