@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.layers.dispatch import logits_kernels
 from model.layers.ragged import to_device
 
 _MASK = (1 << 64) - 1
@@ -83,12 +84,16 @@ def _mask(logits_NV: Tensor, masks: Masks) -> None:
     bits_CW = torch.from_numpy(masks.bits_CW)
     if device.type == "cuda":
         bits_CW = bits_CW.pin_memory().to(device, non_blocking=True)
+    (rows_C,) = to_device([masks.rows], device)
+    if fast := logits_kernels(logits_NV):
+        fast.mask_logits(logits_NV, rows_C, bits_CW)
+        return
     bits_CB = bits_CW.view(torch.uint8)
     bit = 1 << torch.arange(8, dtype=torch.uint8, device=device)
     ruled_out_CV = ((bits_CB[:, :, None] & bit) == 0).flatten(1)[:, : logits_NV.shape[1]]
     # As bytes to their rows, and then in place: the logits themselves are four times as large.
     ruled_out_NV = torch.zeros_like(logits_NV, dtype=torch.bool)
-    ruled_out_NV[to_device([masks.rows], device)[0].long()] = ruled_out_CV
+    ruled_out_NV[rows_C.long()] = ruled_out_CV
     logits_NV.masked_fill_(ruled_out_NV, float("-inf"))
 
 

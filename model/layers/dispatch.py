@@ -27,6 +27,10 @@ def kernels(x: Tensor) -> ModuleType | None:
         return None
     if not x.is_cuda or x.dtype != torch.bfloat16 or not _is_hopper(x.device):
         return None
+    return _imported()
+
+
+def _imported() -> ModuleType:
     from model.layers import kernels
 
     return kernels
@@ -46,6 +50,13 @@ def product_kernels(x: Tensor, *widths: int) -> ModuleType | None:
 def attention_kernels(q_THD: Tensor) -> ModuleType | None:
     """`kernels` for attention with heads of this size."""
     return kernels(q_THD) if q_THD.shape[-1] in _HEAD_SIZES else None
+
+
+def logits_kernels(logits_NV: Tensor) -> ModuleType | None:
+    """The kernels that take logits, which are fp32 and contiguous."""
+    if _plain or not logits_NV.is_cuda or not _is_hopper(logits_NV.device):
+        return None
+    return _imported()
 
 
 @contextmanager

@@ -44,7 +44,14 @@ def test_sizes_that_no_kernel_computes_take_the_plain_code(triton):
     assert dispatch.attention_kernels(on_gpu(5, 4, 80)) is None  # type: ignore[arg-type]
 
 
+def test_logits_are_fp32_and_take_the_kernels_all_the_same(triton):
+    assert dispatch.logits_kernels(on_gpu(1, dtype=torch.float32)) is triton  # type: ignore[arg-type]
+    assert dispatch.logits_kernels(torch.zeros(1)) is None
+    assert dispatch.logits_kernels(on_gpu(1, capability=(8, 0))) is None  # type: ignore[arg-type]
+
+
 def test_the_plain_code_is_forced_within_its_block_only(triton):
     with dispatch.plain_layers():
         assert dispatch.kernels(on_gpu(1)) is None  # type: ignore[arg-type]
+        assert dispatch.logits_kernels(on_gpu(1)) is None  # type: ignore[arg-type]
     assert dispatch.kernels(on_gpu(1)) is triton  # type: ignore[arg-type]
