@@ -269,7 +269,8 @@ _DEVICE = ("forward", "score", "sample")
 @dataclass
 class Way:
     """One way to decode, and what was measured of it. host: milliseconds of each call in _HOST.
-    device: mean milliseconds of a step for each of _DEVICE, of each run."""
+    device: mean milliseconds of a step, of each run, for each of _DEVICE; the prompts count too.
+    """
 
     name: str
     sampling: Sampling
