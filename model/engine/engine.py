@@ -13,6 +13,7 @@ from types import TracebackType
 import numpy as np
 
 from model.config import load_config
+from model.decoder import Decoder
 from model.engine.answer import Answer
 from model.engine.check_request import check_request
 from model.engine.config import EngineConfig
@@ -103,6 +104,11 @@ class Engine:
         """What the only rank, which is in this process, is at. None with several: `step` finds out
         when one of them hangs. May be asked by any thread while another is in `step`."""
         return self._ranks.alive if isinstance(self._ranks, RankInProcess) else None
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """The layers, where the only rank is in this process; for experiments with them."""
+        return self._ranks.decoder if isinstance(self._ranks, RankInProcess) else None
 
     @property
     def occupancy(self) -> Occupancy:

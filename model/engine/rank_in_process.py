@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from model.decoder import Decoder
 from model.engine.config import EngineConfig
 from model.engine.memory import share_out
 from model.engine.messages import Alive
@@ -45,6 +46,10 @@ class RankInProcess:
     def alive(self) -> Alive:
         """What the rank is doing; to be asked from another thread than the one that made this."""
         return self._progress.alive()
+
+    @property
+    def decoder(self) -> Decoder:
+        return self._open_rank.decoder
 
     @torch.inference_mode()
     def submit(self, images: Sequence[Image], microbatch: Microbatch) -> None:

@@ -12,10 +12,12 @@ from model.engine.config import EngineConfig
 from model.engine.engine import Engine
 from model.inputs.images import prepare_image
 from model.nano.batches import LANDSCAPE, PORTRAIT, RECEIPT, SLIP
+from model.nano.faults import Fault
 from model.nano.pages.fonts import ALWAYS_THERE, HELD_OUT, Family, family
 from model.nano.pages.page import Page, make_page
 from model.nano.tasks import answers, prompts
 from model.tokenizer import Tokenizer
+from schemas.errors import ConfigError
 from schemas.requests import Request, Sampling
 
 _FORMS = (SLIP, RECEIPT, RECEIPT, PORTRAIT, PORTRAIT, LANDSCAPE)
@@ -66,8 +68,14 @@ def png(page: Page) -> bytes:
     return buffer.getvalue()
 
 
-def ask(config: EngineConfig, pages: Sequence[Page], max_new_tokens: int = 1024) -> list[Answered]:
-    """Everything that can be asked of the pages, of one engine, greedily."""
+def ask(
+    config: EngineConfig,
+    pages: Sequence[Page],
+    max_new_tokens: int = 1024,
+    fault: Fault | None = None,
+) -> list[Answered]:
+    """Everything that can be asked of the pages, of one engine, greedily. fault: is done to its
+    layers first. Raises ConfigError for a fault to several ranks, which are other processes."""
     pinpoints = load_config(config.checkpoint).pinpoints
     tokenizer = Tokenizer.from_checkpoint(config.checkpoint)
     templates = {task: tokenizer.prompt_template(text) for task, text in prompts().items()}
@@ -80,7 +88,12 @@ def ask(config: EngineConfig, pages: Sequence[Page], max_new_tokens: int = 1024)
             ids = templates[task].fill(cut.layout.tokens)
             sampling = Sampling(max_new_tokens=max_new_tokens)
             requests.append(Request(key, ids, cut.tiles, (cut.width, cut.height), sampling))
+    if fault and config.ranks > 1:
+        raise ConfigError(f"a fault goes into layers of this process: 1 rank, not {config.ranks}")
     with Engine(config) as engine:
+        if fault:
+            assert engine.decoder is not None
+            fault(engine.decoder)
         texts = {result.id: result.text for result in engine.generate(requests)}
     return [replace(question, answer=texts[key]) for key, question in questions.items()]
 
