@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.layers.kernels.int8 import load_weight, settle
-from model.layers.kernels.linear import prompts, wide
+from model.layers.kernels.linear import prompts
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,8 @@ CONFIGS = (
     (1 << 62, ExpertsConfig(GroupedConfig(64, 128, 64, 4, 4), GroupedConfig(128, 128, 64, 4, 4))),
 )
 # Rows an expert. From so many on, prompts.py is faster (2.7 against 3.3 ms at 64, and 2.2 with int8
-# inputs), and above so many, as long as x is bf16, wide.py (22.0 against 22.5 ms at 1,024).
-LEAST_WIDE = 64
-MOST_UPCAST = 384
+# inputs).
+LEAST_ROWS = 64
 SORT_ROWS = 256
 
 
@@ -74,17 +73,12 @@ def experts(
     grouped = group_rows(experts_TK, count)
     choices, weights_TK = experts_TK.shape[1], weights_TK.contiguous()
     quantized = w13_scale_EF1 is not None and config is None
-    fits = quantized and prompts and wide and prompts.can_multiply(hidden, width)
-    if fits and LEAST_WIDE * count <= rows and (quantize_x or rows <= MOST_UPCAST * count):
+    fits = quantized and prompts and prompts.can_multiply(hidden, width)
+    if fits and LEAST_ROWS * count <= rows:
         prompts.experts(
             x_TD, w13_EFD, w13_scale_EF1, w2_EDF, w2_scale_ED1, y_RD, grouped, weights_TK,
             quantize_x=quantize_x,
         )  # fmt: skip
-    elif fits and rows > MOST_UPCAST * count:
-        h_RF = torch.empty(rows, width, device=x_TD.device, dtype=x_TD.dtype)
-        pairs = (w13_EFD.view(torch.int16), w2_EDF.view(torch.int16))
-        wide.gate_up(x_TD, pairs[0], w13_scale_EF1, h_RF, grouped, choices)
-        wide.down(h_RF, pairs[1], w2_scale_ED1, y_RD, grouped, weights_TK)
     else:
         h_RF = torch.empty(rows, width, device=x_TD.device, dtype=x_TD.dtype)
         config = config or next(c for most, c in CONFIGS if rows <= most * count)

@@ -17,9 +17,9 @@ from torch import Tensor
 from model.layers.kernels.int8 import load_weight, settle
 
 try:
-    from model.layers.kernels import prompts, wide
+    from model.layers.kernels import prompts
 except ImportError:  # Gluon is an experiment of Triton's and moves: 500 TFLOP/s without it, not 590
-    prompts = wide = None
+    prompts = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ CONFIGS = (
     (1 << 62, LinearConfig(rows=128, tokens=128, columns=64, warps=4, stages=4)),
 )
 ENOUGH_TILES = 288  # more than two a multiprocessor of an H100: K need not be split to fill it
-MOST_NARROW = 128  # tokens; more of them go to wide.py
+MOST_NARROW = 128  # tokens; more of them go to prompts.py
 GROUPED_TILES = 4  # token tiles that share a weight tile while it is in the L2 cache
 
 
@@ -63,13 +63,11 @@ def int8_linear(
     if x_TK.numel() >= 1 << 31:
         raise ValueError(f"{tokens} tokens of {width}; the kernels index x with 32 bits")
     x_TK = x_TK.contiguous()
-    pairs_NK = weight_NK.view(torch.int16)
-    if quantize_x and config is None and prompts and prompts.can_fill(x_TK, weight_NK):
-        prompts.int8_linear(x_TK, weight_NK, scale_N1, y_TN, silu)
-        return y_TN
-    if config is None and tokens > MOST_NARROW and wide and wide.can_multiply(width):
-        wide.linear(x_TK, pairs_NK, scale_N1, y_TN, silu)
-        return y_TN
+    if config is None and prompts and prompts.can_multiply(width):
+        quantize_x = quantize_x and prompts.can_fill(tokens, outputs, x_TK.device)
+        if quantize_x or tokens > MOST_NARROW:
+            prompts.linear(x_TK, weight_NK, scale_N1, y_TN, silu=silu, quantize_x=quantize_x)
+            return y_TN
     config = config or next(c for most, c in CONFIGS if tokens <= most)
     columns = min(config.columns, width & -width)
     tiles = triton.cdiv(outputs, config.rows) * triton.cdiv(tokens, config.tokens)
@@ -80,7 +78,7 @@ def int8_linear(
     if splits > 1:
         out = torch.empty(splits, tokens, outputs, device=x_TK.device, dtype=torch.float32)
     _product[(tiles, splits)](
-        x_TK, pairs_NK, scale_N1, out, tokens, outputs,
+        x_TK, weight_NK.view(torch.int16), scale_N1, out, tokens, outputs,
         K=width, PART=width // splits, ROWS=config.rows, TOKENS=config.tokens, COLUMNS=columns,
         GROUPED=GROUPED_TILES, PARTIAL=splits > 1, SILU=silu,
         num_warps=config.warps, num_stages=config.stages,

@@ -1,15 +1,16 @@
-"""Products in one persistent Gluon kernel: of int8 inputs, and of experts with 64 rows and more.
+"""Products for prompts in one persistent Gluon kernel.
 
 A warp copies tiles of x and of the weight to shared memory while eight others multiply, with the
-next step always queued behind the one at work, which Triton does not do for int8. Either x is int8
-too (1,285 TFLOP/s on an H100), or the weight is upcast to bf16 in registers, as wgmma's first
-operand (y^T = W x^T): the same bits as wide.py, whose larger tiles do better with many rows.
+next step always queued behind the one at work, which Triton does not do. Either x is int8 too
+(1,285 TFLOP/s on an H100), or the weight is upcast to bf16 in registers, as wgmma's first operand
+(y^T = W x^T).
 T tokens, R rows (a token's choices), N rows of the weight, K columns, E experts, D hidden, F expert
 width.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -28,22 +29,48 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from model.layers.kernels.quantize import gather_rows, quantize_rows
 
-TOKENS = gl.constexpr(128)  # rows of x in a tile
-ROWS = gl.constexpr(256)  # of the weight in a tile
 BYTES = gl.constexpr(128)  # of a row of x a step
 WARPS = 8
-# Token tiles that share a tile of the weight while it is in the L2 cache.
-SHARED_TILES = gl.constexpr(16)
-# Pairs of columns of the weight as a thread's part of wgmma's first operand.
-PAIRS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[8, 0], [0, 4], [0, 8], [0, 16], [128, 0]],
-        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0], [64, 0]],
+
+
+@dataclass(frozen=True)
+class Tile:
+    """tokens of x by rows of the weight; shared: token tiles that share a tile of the weight while
+    it is in the L2 cache; stages: steps in shared memory, as many as fit beside the output."""
+
+    tokens: int
+    rows: int
+    shared: int
+    stages: int
+
+
+INT8 = Tile(tokens=128, rows=256, shared=16, stages=4)
+FEW = Tile(tokens=128, rows=256, shared=16, stages=5)
+MANY = Tile(tokens=256, rows=128, shared=4, stages=4)
+
+
+# Up to so many tokens, or rows an expert, FEW is faster.
+MOST_FEW_TOKENS = 1536
+MOST_FEW_ROWS = 384
+
+
+def _choose(rows: int, few: int, quantize_x: bool) -> Tile:
+    return INT8 if quantize_x else FEW if rows <= few else MANY
+
+
+def _pairs_layout(rows: int, halves: int):
+    """Pairs of columns of the weight, [halves, rows / halves, 32], as a thread's part of wgmma's
+    first operand. Of two halves eight rows of one and the same of the other follow each other, so
+    that a thread has both."""
+    groups = [[0, 8 << i, 0] for i in range(5)]  # of eight rows
+    other = [1, 0, 0] if halves == 2 else groups.pop(0)
+    return gl.DistributedLinearLayout(
+        reg_bases=[other, [0, 0, 4], [0, 0, 8], [0, 0, 16], *groups[3 : 3 + rows // 256]],
+        lane_bases=[[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+        warp_bases=groups[:3],
         block_bases=[],
-        shape=[256, 32],
+        shape=[halves, rows // halves, 32],
     )
-)
 
 
 def can_multiply(*widths: int) -> bool:
@@ -51,40 +78,44 @@ def can_multiply(*widths: int) -> bool:
     return all(width % BYTES.value == 0 for width in widths)
 
 
-def can_fill(x_TK: Tensor, weight_NK: Tensor) -> bool:
+def can_fill(tokens: int, outputs: int, device: torch.device) -> bool:
     """Whether an int8 product has tiles for half the multiprocessors, and so is faster than one
     that splits K (0.046 against 0.077 ms at 256 tokens of [9216, 6144])."""
-    tiles = triton.cdiv(len(x_TK), TOKENS.value) * triton.cdiv(len(weight_NK), ROWS.value)
-    return can_multiply(x_TK.shape[1]) and 2 * tiles >= _processors(x_TK.device)
+    tiles = triton.cdiv(tokens, INT8.tokens) * triton.cdiv(outputs, INT8.rows)
+    return 2 * tiles >= _processors(device)
 
 
-def int8_linear(
-    x_TK: Tensor, weight_NK: Tensor, scale_N1: Tensor, y_TN: Tensor, silu: bool
-) -> None:
-    """y = scale_x * scale * (x as int8) weight^T, through silu if asked."""
-    tiles = triton.cdiv(len(x_TK), TOKENS.value)
-    _launch(*quantize_rows(x_TK), weight_NK[None], scale_N1, y_TN, tiles, SILU=silu)
+def linear(
+    x_TK: Tensor, weight_NK: Tensor, scale_N1: Tensor, y_TN: Tensor, *, silu: bool,
+    quantize_x: bool, tile: Tile | None = None,
+) -> None:  # fmt: skip
+    """y = x (scale * weight)^T, through silu if asked."""
+    rows = quantize_rows(x_TK) if quantize_x else (x_TK, scale_N1)
+    tile = tile or _choose(len(x_TK), MOST_FEW_TOKENS, quantize_x)
+    tiles = triton.cdiv(len(x_TK), tile.tokens)
+    _launch(tile, *rows, weight_NK[None], scale_N1, y_TN, tiles, SILU=silu)
 
 
 def experts(
     x_TD, w13_EFD, w13_scale_EF1, w2_EDF, w2_scale_ED1, y_RD, grouped, weights_TK, *,
-    quantize_x: bool,
+    quantize_x: bool, tile: Tile | None = None,
 ) -> None:  # fmt: skip
     """y[original row] = routing weight * w2(silu(w1 x) * w3 x)."""
     count, doubled, hidden = w13_EFD.shape
     h_RF = torch.empty(len(y_RD), doubled // 2, device=x_TD.device, dtype=x_TD.dtype)
-    places, tiles = grouped.tiles(TOKENS.value)
+    tile = tile or _choose(len(y_RD), MOST_FEW_ROWS * count, quantize_x)
+    places, tiles = grouped.tiles(tile.tokens)
     w13 = w13_EFD.view(2 * count, -1, hidden), w13_scale_EF1
     w2 = w2_EDF, w2_scale_ED1
     of_token = grouped.rows_R, weights_TK.shape[1]
     rows = quantize_rows(x_TD, *of_token) if quantize_x else (gather_rows(x_TD, *of_token), w13[1])
-    _launch(*rows, *w13, h_RF, tiles, places, HALVES=2)
+    _launch(tile, *rows, *w13, h_RF, tiles, places, HALVES=2)
     rows = quantize_rows(h_RF) if quantize_x else (h_RF, w2[1])
-    _launch(*rows, *w2, y_RD, tiles, places, grouped.rows_R, weights_TK)
+    _launch(tile, *rows, *w2, y_RD, tiles, places, grouped.rows_R, weights_TK)
 
 
 def _launch(
-    x_RK: Tensor, x_scale, weight_GNK, scale, y, tiles, places=None, sorted_rows=None,
+    tile: Tile, x_RK: Tensor, x_scale, weight_GNK, scale, y, tiles, places=None, sorted_rows=None,
     weights=None, *, HALVES=1, SILU=False,
 ):  # fmt: skip
     """One product; x_scale is read if x is int8. `tiles` is their number, or with `places` a tensor
@@ -96,14 +127,16 @@ def _launch(
     if upcast:
         weight_GNK = weight_GNK.view(torch.int16)
     _product[(_processors(y.device),)](
-        TensorDescriptor.from_tensor(x_RK, [TOKENS.value, columns], x_layout),
+        TensorDescriptor.from_tensor(x_RK, [tile.tokens, columns], x_layout),
         TensorDescriptor.from_tensor(
-            weight_GNK, [HALVES, ROWS.value // HALVES, columns // (1 + upcast)], weight_layout
+            weight_GNK, [HALVES, tile.rows // HALVES, columns // (1 + upcast)], weight_layout
         ),
         x_scale, scale, y, y if places is None else places, tiles,
         y if sorted_rows is None else sorted_rows, y if weights is None else weights,
         len(x_RK), outputs, K=width, HALVES=HALVES, GROUPED=places is not None, SILU=SILU,
-        ROUTED=sorted_rows is not None, UPCAST=upcast, num_warps=WARPS,
+        ROUTED=sorted_rows is not None, UPCAST=upcast, TOKENS=tile.tokens, ROWS=tile.rows,
+        SHARED=tile.shared, STAGES=tile.stages, PAIRS=_pairs_layout(tile.rows, HALVES),
+        num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -129,9 +162,9 @@ def _name(kernel) -> str:
 def _product(
     x, weight, x_scale, scale, y, places, tiles, sorted_rows, route_weights, R, N,
     K: gl.constexpr, HALVES: gl.constexpr, GROUPED: gl.constexpr, SILU: gl.constexpr,
-    ROUTED: gl.constexpr, UPCAST: gl.constexpr,
+    ROUTED: gl.constexpr, UPCAST: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr,
+    SHARED: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
-    STAGES: gl.constexpr = 5 if UPCAST else 4  # with the output's tile as many as fit in 227 KiB
     COLUMNS: gl.constexpr = BYTES // 2 if UPCAST else BYTES
     PACKED: gl.constexpr = 2 if UPCAST else 1
     xs = gl.allocate_shared_memory(x.dtype, [STAGES, TOKENS, COLUMNS], x.layout)
@@ -151,22 +184,25 @@ def _product(
     gl.warp_specialize(
         [
             (_multiply_tiles, (slots, x_scale, scale, y, places, tiles, blocks, sorted_rows,
-             route_weights, R, N, K, HALVES, GROUPED, SILU, ROUTED, UPCAST)),
-            (_copy_tiles, (x, weight, slots, places, tiles, blocks, R, K, COLUMNS, PACKED, HALVES,
-             GROUPED)),
+             route_weights, R, N, K, GROUPED, SILU, ROUTED, UPCAST, SHARED, PAIRS)),
+            (_copy_tiles, (x, weight, slots, places, tiles, blocks, R, K, COLUMNS, PACKED, GROUPED,
+             SHARED)),
         ],
         [1], [24],
     )  # fmt: skip
 
 
 @gluon.jit
-def _find_tile(work, places, tiles, blocks, R, GROUPED: gl.constexpr):
-    """(block of weight rows, expert, first row, end row): SHARED_TILES tiles of each block before
-    the next block."""
-    group = work // (SHARED_TILES * blocks)
-    group_tiles = min(tiles - group * SHARED_TILES, SHARED_TILES)
-    within = work % (SHARED_TILES * blocks)
-    tile = group * SHARED_TILES + within % group_tiles
+def _find_tile(
+    work, places, tiles, blocks, R, TOKENS: gl.constexpr, GROUPED: gl.constexpr,
+    SHARED: gl.constexpr,
+):  # fmt: skip
+    """(block of weight rows, expert, first row, end row): SHARED tiles of each block before the
+    next block."""
+    group = work // (SHARED * blocks)
+    group_tiles = min(tiles - group * SHARED, SHARED)
+    within = work % (SHARED * blocks)
+    tile = group * SHARED + within % group_tiles
     expert = 0
     first = tile * TOKENS
     end = R
@@ -180,22 +216,26 @@ def _find_tile(work, places, tiles, blocks, R, GROUPED: gl.constexpr):
 @gluon.jit
 def _copy_tiles(
     x, weight, slots, places, tiles, blocks, R, K: gl.constexpr, COLUMNS: gl.constexpr,
-    PACKED: gl.constexpr, HALVES: gl.constexpr, GROUPED: gl.constexpr,
+    PACKED: gl.constexpr, GROUPED: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     xs, weights, full, empty = slots
-    STAGES: gl.constexpr = full.shape[0]
+    STAGES: gl.constexpr = xs.shape[0]
+    TOKENS: gl.constexpr = xs.shape[1]
+    HALVES: gl.constexpr = weights.shape[1]
+    HALF: gl.constexpr = weights.shape[2]
     step = 0
     for work in range(gl.program_id(0), tiles * blocks, gl.num_programs(0)):
-        block, expert, first, _ = _find_tile(work, places, tiles, blocks, R, GROUPED)
+        block, expert, first, _ = _find_tile(
+            work, places, tiles, blocks, R, TOKENS, GROUPED, SHARED
+        )
         for k in range(0, K, COLUMNS):
             slot = step % STAGES
             mbarrier.wait(empty.index(slot), step // STAGES & 1 ^ 1)
             ready = full.index(slot)
-            mbarrier.expect(ready, TOKENS * BYTES + ROWS * COLUMNS)
+            mbarrier.expect(ready, TOKENS * BYTES + HALVES * HALF * COLUMNS)
             tma.async_copy_global_to_shared(x, [first, k], ready, xs.index(slot))
-            row = block * (ROWS // HALVES)
             tma.async_copy_global_to_shared(
-                weight, [expert * HALVES, row, k // PACKED], ready, weights.index(slot)
+                weight, [expert * HALVES, block * HALF, k // PACKED], ready, weights.index(slot)
             )
             step += 1
 
@@ -219,12 +259,15 @@ def _free(slots, step, more=True):
 @gluon.jit
 def _multiply_int8(slots, step, K: gl.constexpr):
     """The next tile's x weight^T, int32 [TOKENS, ROWS], and the step after it."""
+    xs, weights = slots[0], slots[1]
+    TOKENS: gl.constexpr = xs.shape[1]
+    ROWS: gl.constexpr = weights.shape[1] * weights.shape[2]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 32])
     total = gl.zeros((TOKENS, ROWS), gl.int32, mma)
     for k in range(0, K, BYTES):
         slot = _wait_full(slots, step)
-        weight = slots[1].index(slot).reshape((ROWS, BYTES)).permute((1, 0))
-        total = warpgroup_mma(slots[0].index(slot), weight, total, is_async=True)
+        weight = weights.index(slot).reshape((ROWS, BYTES)).permute((1, 0))
+        total = warpgroup_mma(xs.index(slot), weight, total, is_async=True)
         total = warpgroup_mma_wait(1, deps=[total])
         _free(slots, step - 1, k > 0)
         step += 1
@@ -234,40 +277,47 @@ def _multiply_int8(slots, step, K: gl.constexpr):
 
 
 @gluon.jit
-def _multiply_upcast(slots, step, K: gl.constexpr):
-    """The same in fp32. wgmma reads the upcast weights from registers until it ends, so they are
-    handed to the wait that says so: their registers must not be used again before."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16])
-    total = gl.zeros((ROWS, TOKENS), gl.float32, mma)
-    even = _upcast(slots, step, True, mma)
+def _multiply_upcast(slots, step, K: gl.constexpr, USED: gl.constexpr, PAIRS: gl.constexpr):
+    """The same in fp32 [USED, ROWS], of the first USED rows of x. wgmma reads the upcast weights
+    from registers until it ends, so they are handed to the wait that says so: their registers must
+    not be used again before."""
+    weights = slots[1]
+    ROWS: gl.constexpr = weights.shape[1] * weights.shape[2]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, USED, 16])
+    total = gl.zeros((ROWS, USED), gl.float32, mma)
+    even = _upcast(slots, step, True, mma, PAIRS)
     odd = even
     for k in range(0, K, BYTES):
-        total = warpgroup_mma(even, _x(slots, step), total, is_async=True)
+        total = warpgroup_mma(even, _x(slots, step, USED), total, is_async=True)
         total, odd = warpgroup_mma_wait(1, deps=[total, odd])
         _free(slots, step - 1, k > 0)
-        odd = _upcast(slots, step + 1, True, mma)
-        total = warpgroup_mma(odd, _x(slots, step + 1), total, is_async=True)
+        odd = _upcast(slots, step + 1, True, mma, PAIRS)
+        total = warpgroup_mma(odd, _x(slots, step + 1, USED), total, is_async=True)
         total, even = warpgroup_mma_wait(1, deps=[total, even])
         _free(slots, step)
         step += 2
-        even = _upcast(slots, step, k < K - BYTES, mma)
+        even = _upcast(slots, step, k < K - BYTES, mma, PAIRS)
     total, odd = warpgroup_mma_wait(0, deps=[total, odd])
     _free(slots, step - 1)
     return gl.permute(total, (1, 0)), step
 
 
 @gluon.jit
-def _x(slots, step):
+def _x(slots, step, USED: gl.constexpr):
     xs = slots[0]
     STAGES: gl.constexpr = xs.shape[0]
-    return xs.index(step % STAGES).permute((1, 0))
+    return xs.index(step % STAGES).slice(0, USED).permute((1, 0))
 
 
 @gluon.jit
-def _upcast(slots, step, more, mma: gl.constexpr):
+def _upcast(slots, step, more, mma: gl.constexpr, PAIRS: gl.constexpr):
     """The weights of a step, once they are there, as wgmma's first operand; int8.py says how."""
     slot = _wait_full(slots, step, more)
-    pairs = slots[1].index(slot).reshape((ROWS, BYTES // 4)).load(PAIRS)
+    weights = slots[1]
+    HALVES: gl.constexpr = weights.shape[1]
+    ROWS: gl.constexpr = HALVES * weights.shape[2]
+    pairs = weights.index(slot).load(PAIRS).reshape((HALVES, ROWS // HALVES // 8, 8, BYTES // 4))
+    pairs = gl.permute(pairs, (1, 0, 2, 3)).reshape((ROWS, BYTES // 4))
     low, high = gl.inline_asm_elementwise(
         """{
         .reg .b32 t, u, v;
@@ -290,43 +340,94 @@ def _upcast(slots, step, more, mma: gl.constexpr):
 
 
 @gluon.jit
+def _silu(x):
+    """x / (1 + exp(-x)) in five instructions: a division alone takes nine, and nothing is computed
+    meanwhile."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .f32 t;
+        mul.f32 t, $1, 0fBFB8AA3B;
+        ex2.approx.ftz.f32 t, t;
+        add.f32 t, t, 0f3F800000;
+        rcp.approx.ftz.f32 t, t;
+        mul.f32 $0, $1, t;
+        }""",
+        "=f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _multiply_tiles(
     slots, x_scale, scale, y, places, tiles, blocks, sorted_rows, route_weights, R, N,
-    K: gl.constexpr, HALVES: gl.constexpr, GROUPED: gl.constexpr, SILU: gl.constexpr,
-    ROUTED: gl.constexpr, UPCAST: gl.constexpr,
+    K: gl.constexpr, GROUPED: gl.constexpr, SILU: gl.constexpr, ROUTED: gl.constexpr,
+    UPCAST: gl.constexpr, SHARED: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
-    WIDTH: gl.constexpr = ROWS // HALVES
-    out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [8, 1], [1, 0])
+    TOKENS: gl.constexpr = slots[0].shape[1]
     step = 0
     for work in range(gl.program_id(0), tiles * blocks, gl.num_programs(0)):
-        block, expert, first, end = _find_tile(work, places, tiles, blocks, R, GROUPED)
-        if UPCAST:
-            total, step = _multiply_upcast(slots, step, K)
-        else:
-            total, step = _multiply_int8(slots, step, K)
-        at: gl.constexpr = total.type.layout
-        # Rows past the end read the last one; they are not stored.
-        row = gl.minimum(first + gl.arange(0, TOKENS, gl.SliceLayout(1, at)), end - 1)
-        column = gl.arange(0, ROWS, gl.SliceLayout(0, at))
-        n = gl.minimum(block * WIDTH + column % WIDTH, N - 1)
-        n += (expert * HALVES + column // WIDTH) * N
-        value = total.to(gl.float32) * gl.load(scale + n).to(gl.float32)[None, :]
-        if not UPCAST:
-            value *= gl.load(x_scale + row)[:, None]
-        if HALVES == 2:
-            gate, up = gl.split(gl.permute(value.reshape((TOKENS, 2, WIDTH)), (0, 2, 1)))
-            value = gate / (1 + gl.exp(-gate)) * up
-        if SILU:
-            value = value / (1 + gl.exp(-value))
-        if ROUTED:
-            value *= gl.load(route_weights + gl.load(sorted_rows + row))[:, None]
-        row = first + gl.arange(0, TOKENS, gl.SliceLayout(1, out))
-        live = row < end
-        if ROUTED:
-            row = gl.load(sorted_rows + gl.minimum(row, end - 1))
-        n = block * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, out))
-        gl.store(
-            y + row.to(gl.int64)[:, None] * N + n[None, :],
-            gl.convert_layout(value.to(gl.bfloat16), out),
-            mask=live[:, None] & (n < N)[None, :],
+        block, expert, first, end = _find_tile(
+            work, places, tiles, blocks, R, TOKENS, GROUPED, SHARED
         )
+        tensors = (slots, x_scale, scale, y, sorted_rows, route_weights)
+        at = (N, block, expert, first, end)
+        # An expert's last rows rarely fill a tile.
+        if not GROUPED or TOKENS == 128 or end - first > 128:
+            step = _tile(tensors, at, step, K, SILU, ROUTED, UPCAST, TOKENS, PAIRS)
+        elif end - first > 64:
+            step = _tile(tensors, at, step, K, SILU, ROUTED, UPCAST, 128, PAIRS)
+        else:
+            step = _tile(tensors, at, step, K, SILU, ROUTED, UPCAST, 64, PAIRS)
+
+
+@gluon.jit
+def _tile(
+    tensors, at, step, K: gl.constexpr, SILU: gl.constexpr, ROUTED: gl.constexpr,
+    UPCAST: gl.constexpr, USED: gl.constexpr, PAIRS: gl.constexpr,
+):  # fmt: skip
+    slots, x_scale, scale, y, sorted_rows, route_weights = tensors
+    N, block, expert, first, end = at
+    HALVES: gl.constexpr = slots[1].shape[1]
+    WIDTH: gl.constexpr = slots[1].shape[2]
+    ROWS: gl.constexpr = HALVES * WIDTH
+    out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [8, 1], [1, 0])
+    if UPCAST:
+        total, step = _multiply_upcast(slots, step, K, USED, PAIRS)
+    else:
+        total, step = _multiply_int8(slots, step, K)
+    layout: gl.constexpr = total.type.layout
+    # Rows past the end read the last one; they are not stored.
+    row = gl.minimum(first + gl.arange(0, USED, gl.SliceLayout(1, layout)), end - 1)
+    column = gl.arange(0, ROWS, gl.SliceLayout(0, layout))
+    half, n = column // WIDTH, column % WIDTH
+    if UPCAST and HALVES == 2:  # as _upcast orders them
+        half, n = column // 8 % 2, column // 16 * 8 + column % 8
+    n = gl.minimum(block * WIDTH + n, N - 1) + (expert * HALVES + half) * N
+    value = total.to(gl.float32) * gl.load(scale + n).to(gl.float32)[None, :]
+    if not UPCAST:
+        value *= gl.load(x_scale + row)[:, None]
+    if HALVES == 2:
+        if UPCAST:
+            both = gl.permute(value.reshape((USED, WIDTH // 8, 2, 8)), (0, 1, 3, 2))
+            gate, up = gl.split(both.reshape((USED, WIDTH, 2)))
+        else:
+            gate, up = gl.split(gl.permute(value.reshape((USED, 2, WIDTH)), (0, 2, 1)))
+        value = _silu(gate) * up
+    if SILU:
+        value = _silu(value)
+    if ROUTED:
+        value *= gl.load(route_weights + gl.load(sorted_rows + row))[:, None]
+    row = first + gl.arange(0, USED, gl.SliceLayout(1, out))
+    live = row < end
+    if ROUTED:
+        row = gl.load(sorted_rows + gl.minimum(row, end - 1))
+    n = block * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, out))
+    gl.store(
+        y + row.to(gl.int64)[:, None] * N + n[None, :],
+        gl.convert_layout(value.to(gl.bfloat16), out),
+        mask=live[:, None] & (n < N)[None, :],
+    )
+    return step
