@@ -71,7 +71,7 @@ class Rank:
             budget = min(self._config.cache_bytes or free, free)
         return Room(
             budget=budget,
-            slot_bytes=slot_bytes(text, span),
+            slot_bytes=slot_bytes(text, span, self.dtype),
             block_bytes=block_bytes(text, span, self.dtype),
         )
 

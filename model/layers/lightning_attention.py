@@ -37,15 +37,19 @@ def lightning_attention(
     slopes_H: Tensor,
     state_SHKV: Tensor,
     batch: RaggedBatch,
+    recent_SHxRD: Tensor | None = None,
 ) -> Tensor:
     """Attend, and update the states in place. Returns o [T, H, D] in the dtype of q.
 
     state_SHKV: fp32 pool of slots; a sequence without context starts from zero, whatever its slot
-    held before. Pieces of one token (all of decode) take the recurrence as it is written above,
-    longer ones the block form, which is the same sum in another order.
+    held before. recent_SHxRD: as in LayerMemory, for the kernels, which need it. Pieces of one
+    token (all of decode) take the recurrence as it is written above, longer ones the block form,
+    which is the same sum in another order.
     """
     if kernels := attention_kernels(q_THD):
-        return kernels.lightning_attention(q_THD, k_THD, v_THD, slopes_H, state_SHKV, batch)
+        return kernels.lightning_attention(
+            q_THD, k_THD, v_THD, slopes_H, state_SHKV, batch, recent_SHxRD
+        )
     state_SHKV[batch.slots_S[batch.contexts_S == 0]] = 0
     decays = _Decays(slopes_H)
     o_THD = torch.empty_like(q_THD)
@@ -136,7 +140,13 @@ class LightningAttention(nn.Module):
         qkv = self.qkv_proj(x_TD, silu=True).view(-1, self.heads, 3 * self.head_dim)
         q_THD, k_THD, v_THD = qkv.split(self.head_dim, dim=-1)
         o_THD = lightning_attention(
-            q_THD, k_THD, v_THD, self.slopes_H, memory.states[self.layer], batch
+            q_THD,
+            k_THD,
+            v_THD,
+            self.slopes_H,
+            memory.states[self.layer],
+            batch,
+            memory.recent[self.layer],
         )
         gate_TD = self.output_gate(x_TD)
         return self.out_proj(gated_norm(o_THD.flatten(1), gate_TD, self.norm.weight, self.norm.eps))

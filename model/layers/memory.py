@@ -14,12 +14,17 @@ from torch import Tensor
 from model.config import TextConfig
 from model.layers.ragged import BLOCK_TOKENS
 
+# On a GPU a state is half of what decoding moves for it: read for every token, but written for one
+# in so many, for which the tokens since then wait beside it. Divides BLOCK_TOKENS.
+RECENT_TOKENS = 8
+
 
 @dataclass(frozen=True)
 class SavedSequence:
     """What a rank remembers of one sequence, on the host: layer index -> CPU tensors."""
 
     states: dict[int, Tensor]  # fp32 [H, K, V]
+    recent: dict[int, Tensor]  # [H, 2, RECENT_TOKENS, K]
     keys: dict[int, Tensor]  # [B, P, G, K], the sequence's blocks in order
     values: dict[int, Tensor]
 
@@ -28,6 +33,8 @@ class LayerMemory:
     """Lightning states and K/V blocks of the layers in `span` (global layer indices).
 
     states: layer -> fp32 [slots, heads, head_dim, head_dim]; keys to values, as k^T v.
+    recent: layer -> [slots, heads, 2, RECENT_TOKENS, head_dim], keys and values; kernels hold the
+        tokens after the last multiple of RECENT_TOKENS there, and a state has those before.
     keys, values: layer -> [blocks, BLOCK_TOKENS, kv heads, head_dim].
     """
 
@@ -47,6 +54,10 @@ class LayerMemory:
             i: torch.zeros(slots, *state_shape, dtype=torch.float32, device=device)
             for i in lightning
         }
+        recent_shape = _recent_shape(text)
+        self.recent = {
+            i: torch.zeros(slots, *recent_shape, dtype=dtype, device=device) for i in lightning
+        }
         self.keys = {
             i: torch.zeros(blocks, *block_shape, dtype=dtype, device=device) for i in softmax
         }
@@ -58,6 +69,7 @@ class LayerMemory:
         return SavedSequence(
             # clone(): on a CPU, .cpu() alone would alias the pool.
             states={i: pool[slot].clone().cpu() for i, pool in self.states.items()},
+            recent={i: pool[slot].clone().cpu() for i, pool in self.recent.items()},
             keys={i: pool[index].cpu() for i, pool in self.keys.items()},
             values={i: pool[index].cpu() for i, pool in self.values.items()},
         )
@@ -65,18 +77,20 @@ class LayerMemory:
     def restore(self, slot: int, blocks: Sequence[int], saved: SavedSequence) -> None:
         """Write a saved sequence into a slot and as many blocks as it had, which may be others."""
         index = list(blocks)
-        for i, state in saved.states.items():
-            self.states[i][slot] = state.to(self.states[i].device)
+        for pools, of_sequence in ((self.states, saved.states), (self.recent, saved.recent)):
+            for i, tensor in of_sequence.items():
+                pools[i][slot] = tensor.to(pools[i].device)
         for i, keys in saved.keys.items():
             self.keys[i][index] = keys.to(self.keys[i].device)
         for i, values in saved.values.items():
             self.values[i][index] = values.to(self.values[i].device)
 
 
-def slot_bytes(text: TextConfig, span: range) -> int:
+def slot_bytes(text: TextConfig, span: range, dtype: torch.dtype) -> int:
     """Bytes of one lightning slot over the layers in `span`."""
     lightning, _ = _split(text, span)
-    return len(lightning) * prod(_state_shape(text)) * torch.float32.itemsize
+    state = prod(_state_shape(text)) * torch.float32.itemsize
+    return len(lightning) * (state + prod(_recent_shape(text)) * dtype.itemsize)
 
 
 def block_bytes(text: TextConfig, span: range, dtype: torch.dtype) -> int:
@@ -92,6 +106,10 @@ def _split(text: TextConfig, span: range) -> tuple[list[int], list[int]]:
 
 def _state_shape(text: TextConfig) -> tuple[int, ...]:
     return text.num_heads, text.head_dim, text.head_dim
+
+
+def _recent_shape(text: TextConfig) -> tuple[int, ...]:
+    return text.num_heads, 2, RECENT_TOKENS, text.head_dim
 
 
 def _block_shape(text: TextConfig) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from model.layers.kernels import (
     paged_attention,
     residual_norm,
 )
+from model.layers.memory import RECENT_TOKENS
 from model.layers.ragged import BLOCK_TOKENS, RaggedBatch
 
 HIDDEN, INNER, EXPERTS, HEADS, GROUPS, DIM = 6144, 9216, 32, 64, 8, 128
@@ -145,8 +146,9 @@ def bench_attention() -> None:
         q, k, v = random(tokens, HEADS, 3 * DIM).split(DIM, dim=-1)
         slopes = torch.rand(HEADS, device="cuda")
         state = torch.zeros(sequences, HEADS, DIM, DIM, device="cuda")
+        recent = random(sequences, HEADS, 2, RECENT_TOKENS, DIM)
         ms = milliseconds(
-            partial(ignoring_count, lightning_attention, q, k, v, slopes, state, batch)
+            partial(ignoring_count, lightning_attention, q, k, v, slopes, state, batch, recent)
         )
         flops = tokens * HEADS * 4 * DIM * DIM
         report(f"lightning {name}", ms, flops, 4 * q.numel() * 2 + 2 * state.numel() * 4)

@@ -8,6 +8,7 @@ from model.layers import linear as slow_linear
 from model.layers import moe as slow_moe
 from model.layers import norm as slow_norm
 from model.layers import softmax_attention as slow_softmax
+from model.layers.memory import RECENT_TOKENS
 from model.layers.ragged import BLOCK_TOKENS, RaggedBatch
 
 if not torch.cuda.is_available():
@@ -54,7 +55,7 @@ def batch_of(lengths, contexts, slots, blocks):
     return RaggedBatch.build(lengths, contexts, slots, tables, DEVICE)
 
 
-MIXED = ([1, 300, 1, 64, 1, 129, 2], [7, 0, 0, 128, 700, 640, 63])
+MIXED = ([1, 300, 1, 64, 1, 129, 2], [7, 0, 0, 128, 700, 640, 64])
 BATCHES = pytest.mark.parametrize(
     ("lengths", "contexts"),
     [
@@ -131,7 +132,7 @@ def test_rows_keep_their_order_within_an_expert(rows):
 
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("skew", ["even", "one expert"])
-@pytest.mark.parametrize("tokens", [1, 5, 128, 300, 1500, 2000])  # the last for wide.py
+@pytest.mark.parametrize("tokens", [1, 5, 128, 300, 1500, 2000])  # the last in larger tiles
 def test_experts_agree_with_the_loop_over_experts(tokens, skew, quantized):
     count, width, hidden = 8, 384, 256
     x = random(tokens, hidden)
@@ -183,28 +184,43 @@ def test_lightning_attention_agrees_with_the_piecewise_form(lengths, contexts, h
     q, k, v = qkv.split(dim, dim=-1)
     slopes = 2.0 ** (-8 * torch.arange(1, heads + 1, device=DEVICE) / heads)
     state = random(slots, heads, dim, dim, dtype=torch.float32)
-    slow_state, untouched = state.clone(), state.clone()
+    recent = random(slots, heads, 2, RECENT_TOKENS, dim)
+    slow_state, untouched = with_recent(state, recent, slopes, batch, contexts), state.clone()
     slow = slow_lightning.lightning_attention(
         q.float(), k.float(), v.float(), slopes, slow_state, batch
     )
-    fast = lightning_attention(q, k, v, slopes, state, batch)
+    fast = lightning_attention(q, k, v, slopes, state, batch, recent)
+    ends = [context + length for context, length in zip(contexts, lengths, strict=True)]
     assert error(fast, slow) < 5e-3
-    assert error(state, slow_state) < 3e-3
+    assert error(with_recent(state, recent, slopes, batch, ends), slow_state) < 3e-3
     others = sorted(set(range(slots)) - set(batch.slots_S.tolist()))
     assert torch.equal(state[others], untouched[others])
 
 
+def with_recent(state, recent, slopes, batch, ends) -> torch.Tensor:
+    """The states once the tokens that wait beside them have joined, after `ends` tokens each."""
+    state = state.clone()
+    for slot, end in zip(batch.slots_S.tolist(), ends, strict=True):
+        for i in range(end % RECENT_TOKENS):
+            k, v = recent[slot, :, :, i].float().unbind(1)
+            fall = torch.exp(-slopes)[:, None, None]
+            state[slot] = state[slot] * fall + k[:, :, None] * v[:, None, :]
+    return state
+
+
 def test_a_decode_state_loses_nothing_to_bf16():
-    batch = batch_of([1] * 4, [5] * 4, [0, 1, 2, 3], 8)
-    q, k, v = (random(4, 64, 128) for _ in range(3))
     slopes = torch.full((64,), 0.01, device=DEVICE)
     state = random(4, 64, 128, 128, dtype=torch.float32)
+    recent = random(4, 64, 2, RECENT_TOKENS, 128)
     slow_state = state.clone()
-    for _ in range(50):
-        lightning_attention(q, k, v, slopes, state, batch)
-        slow_lightning.lightning_attention(
+    for context in range(64, 64 + 6 * RECENT_TOKENS):
+        batch = batch_of([1] * 4, [context] * 4, [0, 1, 2, 3], 8)
+        q, k, v = (random(4, 64, 128) for _ in range(3))
+        fast = lightning_attention(q, k, v, slopes, state, batch, recent)
+        slow = slow_lightning.lightning_attention(
             q.float(), k.float(), v.float(), slopes, slow_state, batch
         )
+        assert error(fast, slow) < 5e-3
     assert error(state, slow_state) < 1e-5
 
 

@@ -138,7 +138,7 @@ def generate_slowly(
 
 def tight_memory(model: VL01Config, span: range, slots: int, blocks: int) -> dict[str, int]:
     """Settings of an engine with exactly so much memory on the rank that holds `span`."""
-    slot, block = slot_bytes(model.text, span), block_bytes(model.text, span, torch.float32)
+    slot, block = (size(model.text, span, torch.float32) for size in (slot_bytes, block_bytes))
     return {
         "cache_bytes": slots * slot + blocks * block,
         "max_sequences": slots,
