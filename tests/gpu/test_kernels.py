@@ -198,14 +198,37 @@ def test_lightning_attention_agrees_with_the_piecewise_form(lengths, contexts, h
 
 
 def with_recent(state, recent, slopes, batch, ends) -> torch.Tensor:
-    """The states once the tokens that wait beside them have joined, after `ends` tokens each."""
+    """The states once the tokens that wait beside them have joined, after `ends` tokens each.
+
+    Before RECENT_TOKENS none has joined, and what is left in the slot counts for nothing."""
     state = state.clone()
     for slot, end in zip(batch.slots_S.tolist(), ends, strict=True):
+        if end < RECENT_TOKENS:
+            state[slot] = 0
         for i in range(end % RECENT_TOKENS):
             k, v = recent[slot, :, :, i].float().unbind(1)
             fall = torch.exp(-slopes)[:, None, None]
             state[slot] = state[slot] * fall + k[:, :, None] * v[:, None, :]
     return state
+
+
+def test_what_a_slot_held_before_reaches_no_token():
+    """Also after prompts too short to join the state, which nothing has written then."""
+    slopes = torch.tensor([0.5, 0.1, 0.01, 0.001], device=DEVICE)
+    lengths, contexts = [1, 3, 7, 8, 9], [0] * 5
+    state = torch.full((5, 4, 128, 128), float("nan"), device=DEVICE)
+    recent = torch.full((5, 4, 2, RECENT_TOKENS, 128), float("nan"), device=DEVICE).bfloat16()
+    slow_state = torch.zeros_like(state)
+    for _ in range(3 * RECENT_TOKENS):
+        batch = batch_of(lengths, contexts, list(range(5)), 8)
+        q, k, v = (random(sum(lengths), 4, 128) for _ in range(3))
+        fast = lightning_attention(q, k, v, slopes, state, batch, recent)
+        slow = slow_lightning.lightning_attention(
+            q.float(), k.float(), v.float(), slopes, slow_state, batch
+        )
+        assert error(fast, slow) < 5e-3
+        contexts = [context + length for context, length in zip(contexts, lengths, strict=True)]
+        lengths = [1] * 5
 
 
 def test_a_decode_state_loses_nothing_to_bf16():

@@ -25,8 +25,8 @@ def lightning_attention(
     """S = exp(-slope) S + k^T v, o = q S -> o_THD bf16; the pools are updated in place.
 
     q, k, v may be views with a contiguous last dimension (parts of one projection); slopes fp32.
-    A sequence with context 0 starts from a zero state whatever its slot holds. Raises ValueError
-    for several tokens after a context that is no multiple of RECENT_TOKENS.
+    A state that no token has joined, of a context below RECENT_TOKENS, is zero whatever its slot
+    holds. Raises ValueError for several tokens after a context that is no multiple of it.
     """
     for length, context in zip(batch.lengths, batch.contexts, strict=True):
         if length > 1 and context % RECENT_TOKENS:
