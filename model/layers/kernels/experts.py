@@ -42,7 +42,7 @@ CONFIGS = (
     (192, ExpertsConfig(GroupedConfig(64, 64, 128, 8, 3), GroupedConfig(128, 128, 128, 8, 3))),
     (1 << 62, ExpertsConfig(GroupedConfig(64, 128, 64, 4, 4), GroupedConfig(128, 128, 64, 4, 4))),
 )
-# Rows an expert. From so many on, prompts.py is faster (2.7 against 3.3 ms at 64, and 2.2 with int8
+# Rows an expert. From so many on, prompts.py is faster (2.5 against 3.3 ms at 64, and 2.2 with int8
 # inputs).
 LEAST_ROWS = 64
 SORT_ROWS = 256

@@ -18,7 +18,7 @@ from model.layers.kernels.int8 import load_weight, settle
 
 try:
     from model.layers.kernels import prompts
-except ImportError:  # Gluon is an experiment of Triton's and moves: 500 TFLOP/s without it, not 590
+except ImportError:  # Gluon is an experiment of Triton's and moves: 500 TFLOP/s without it, not 750
     prompts = None
 
 
