@@ -132,7 +132,7 @@ def test_rows_keep_their_order_within_an_expert(rows):
 
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("skew", ["even", "one expert"])
-@pytest.mark.parametrize("tokens", [1, 5, 128, 300, 1500, 2000])  # the last in larger tiles
+@pytest.mark.parametrize("tokens", [1, 5, 128, 300, 500, 1100, 1500, 2000])  # short tiles too
 def test_experts_agree_with_the_loop_over_experts(tokens, skew, quantized):
     count, width, hidden = 8, 384, 256
     x = random(tokens, hidden)
@@ -164,7 +164,7 @@ def test_a_product_is_the_same_every_time(tokens, quantize_x):
 
 
 @pytest.mark.parametrize("quantize_x", [False, True])
-@pytest.mark.parametrize("tokens", [20, 300, 2000])
+@pytest.mark.parametrize("tokens", [20, 300, 1100, 2000])
 def test_experts_are_the_same_every_time(tokens, quantize_x):
     x = random(tokens, 1024)
     chosen, weights = slow_moe.route(torch.randn(tokens, 8, device=DEVICE), 2)

@@ -30,6 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from model.layers.kernels.quantize import gather_rows, quantize_rows
 
 BYTES = gl.constexpr(128)  # of a row of x a step
+SHORT = gl.constexpr(128)  # rows of x that a short tile, an expert's last, copies and multiplies
 WARPS = 8
 
 
@@ -127,6 +128,7 @@ def _launch(
         weight_GNK = weight_GNK.view(torch.int16)
     _product[(_processors(y.device),)](
         TensorDescriptor.from_tensor(x_RK, [tile.tokens, columns], x_layout),
+        TensorDescriptor.from_tensor(x_RK, [SHORT.value, columns], x_layout),
         TensorDescriptor.from_tensor(
             weight_GNK, [HALVES, tile.rows // HALVES, columns // (1 + upcast)], weight_layout
         ),
@@ -159,7 +161,7 @@ def _name(kernel) -> str:
 
 @gluon.jit(repr=_name)
 def _product(
-    x, weight, x_scale, scale, y, places, tiles, sorted_rows, route_weights, R, N,
+    x, short_x, weight, x_scale, scale, y, places, tiles, sorted_rows, route_weights, R, N,
     K: gl.constexpr, HALVES: gl.constexpr, GROUPED: gl.constexpr, SILU: gl.constexpr,
     ROUTED: gl.constexpr, UPCAST: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr,
     SHARED: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr,
@@ -184,8 +186,8 @@ def _product(
         [
             (_multiply_tiles, (slots, x_scale, scale, y, places, tiles, blocks, sorted_rows,
              route_weights, R, N, K, GROUPED, SILU, ROUTED, UPCAST, SHARED, PAIRS)),
-            (_copy_tiles, (x, weight, slots, places, tiles, blocks, R, K, COLUMNS, PACKED, GROUPED,
-             SHARED)),
+            (_copy_tiles, (x, short_x, weight, slots, places, tiles, blocks, R, K, COLUMNS, PACKED,
+             GROUPED, SHARED)),
         ],
         [1], [24],
     )  # fmt: skip
@@ -214,7 +216,7 @@ def _find_tile(
 
 @gluon.jit
 def _copy_tiles(
-    x, weight, slots, places, tiles, blocks, R, K: gl.constexpr, COLUMNS: gl.constexpr,
+    x, short_x, weight, slots, places, tiles, blocks, R, K: gl.constexpr, COLUMNS: gl.constexpr,
     PACKED: gl.constexpr, GROUPED: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     xs, weights, full, empty = slots
@@ -224,15 +226,21 @@ def _copy_tiles(
     HALF: gl.constexpr = weights.shape[2]
     step = 0
     for work in range(gl.program_id(0), tiles * blocks, gl.num_programs(0)):
-        block, expert, first, _ = _find_tile(
+        block, expert, first, end = _find_tile(
             work, places, tiles, blocks, R, TOKENS, GROUPED, SHARED
         )
         for k in range(0, K, COLUMNS):
             slot = step % STAGES
             mbarrier.wait(empty.index(slot), step // STAGES & 1 ^ 1)
             ready = full.index(slot)
-            mbarrier.expect(ready, TOKENS * BYTES + HALVES * HALF * COLUMNS)
-            tma.async_copy_global_to_shared(x, [first, k], ready, xs.index(slot))
+            # What tiles copy from the L2 cache is a limit of theirs beside what they multiply.
+            if GROUPED and end - first <= SHORT:
+                mbarrier.expect(ready, SHORT * BYTES + HALVES * HALF * COLUMNS)
+                short = xs.index(slot).slice(0, SHORT)
+                tma.async_copy_global_to_shared(short_x, [first, k], ready, short)
+            else:
+                mbarrier.expect(ready, TOKENS * BYTES + HALVES * HALF * COLUMNS)
+                tma.async_copy_global_to_shared(x, [first, k], ready, xs.index(slot))
             tma.async_copy_global_to_shared(
                 weight, [expert * HALVES, block * HALF, k // PACKED], ready, weights.index(slot)
             )
@@ -374,10 +382,10 @@ def _multiply_tiles(
         tensors = (slots, x_scale, scale, y, sorted_rows, route_weights)
         at = (N, block, expert, first, end)
         # An expert's last rows rarely fill a tile.
-        if not GROUPED or TOKENS == 128 or end - first > 128:
+        if not GROUPED or TOKENS == SHORT or end - first > SHORT:
             step = _tile(tensors, at, step, K, SILU, ROUTED, UPCAST, TOKENS, PAIRS)
         elif end - first > 64:
-            step = _tile(tensors, at, step, K, SILU, ROUTED, UPCAST, 128, PAIRS)
+            step = _tile(tensors, at, step, K, SILU, ROUTED, UPCAST, SHORT, PAIRS)
         else:
             step = _tile(tensors, at, step, K, SILU, ROUTED, UPCAST, 64, PAIRS)
 
