@@ -12,7 +12,7 @@ SHELL := bash
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/installed-demo  ## caption some photographs and pages on this machine's CPU
+demo: .venv/installed-demo  ## read some printed pages on this machine's CPU
 	$(BIN)/python -m jobs.demo
 
 test: .venv/installed-test  ## run the tests
