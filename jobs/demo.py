@@ -82,7 +82,8 @@ def say(step: str) -> None:
 
 
 def ask(task: str, source: Path, name: str, *more: object) -> None:
-    how = ("--replicas", REPLICAS, "--max-new-tokens", MOST_TOKENS)
+    # Without retries: held to a schema's own tokens, this model seems unsure when it is not.
+    how = ("--replicas", REPLICAS, "--max-new-tokens", MOST_TOKENS, "--retries", 0)
     vl01(task, source, "--output", ANSWERS / name, "--model", CHECKPOINT, *how, *more)
 
 

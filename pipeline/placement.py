@@ -218,6 +218,8 @@ def _quieten_ray_data() -> None:
             handler.setLevel(logging.CRITICAL)
     # `max_task_retries` reaches map_batches as an extra argument, which Ray 2.64 will refuse.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*deprecated")
+    # A source of one unit leaves replicas idle: their number is the user's own wish.
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
