@@ -4,9 +4,9 @@ C constrained sequences, W = ceil(vocabulary / 32) words of 32 bits.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -41,7 +41,7 @@ class Constraint:
     def __init__(self, matcher: Future[LLMatcher]) -> None:
         self._matcher = matcher
 
-    @property
+    @cached_property
     def matcher(self) -> LLMatcher:
         return self._matcher.result()
 
@@ -98,10 +98,16 @@ class Constraints:
         matchers = [constraint.matcher for constraint in constraints]
         return self._executor.consume_token_par(list(zip(matchers, tokens, strict=True)))
 
-    def masks(self, constraints: Sequence[Constraint]) -> np.ndarray:
-        """int32 [C, W]: bit v % 32 of word v // 32 says whether token v may come next."""
-        # Not filled before: its memory is first touched by the threads that write the masks.
-        bits_CW = np.empty((len(constraints), -(-self._vocab_size // 32)), dtype=np.int32)
+    def masks(
+        self,
+        constraints: Sequence[Constraint],
+        room: Callable[[int, int], np.ndarray] = lambda *shape: np.empty(shape, dtype=np.int32),
+    ) -> np.ndarray:
+        """int32 [C, W]: bit v % 32 of word v // 32 says whether token v may come next.
+
+        room: gives the memory that they are written to, given C and W.
+        """
+        bits_CW = room(len(constraints), -(-self._vocab_size // 32))
         if constraints:
             rows = [(constraint.matcher, row) for row, constraint in enumerate(constraints)]
             fill_next_token_bitmask_par(self._executor, rows, bits_CW)

@@ -264,7 +264,7 @@ class Engine:
             for row, segment in enumerate(plan.sampling_segments)
             if (live := self._live.get(segment.sequence)) and live.constraint
         }
-        bits_CW = self._constraints.masks(list(wanted.values()))
+        bits_CW = self._constraints.masks(list(wanted.values()), self._ranks.room_for_masks)
         return Masks(plan.number, tuple(wanted), bits_CW)
 
     def _take_images(self, plan: Plan) -> list[Image]:
@@ -278,11 +278,13 @@ class Engine:
         return images
 
     def _microbatch(self, plan: Plan) -> Microbatch:
-        ids = [self._live[segment.sequence].token_ids(segment) for segment in plan.segments]
-        sampling = [(self._live[segment.sequence], segment) for segment in plan.sampling_segments]
+        computed = [(self._live[segment.sequence], segment) for segment in plan.segments]
+        decoded = [live.token(segment) for live, segment in computed if segment.is_decode]
+        chunks = [live.chunk(segment) for live, segment in computed if not segment.is_decode]
+        sampling = [(live, segment) for live, segment in computed if segment.samples]
         return Microbatch(
             plan,
-            np.concatenate(ids, dtype=np.int32),
+            np.concatenate([np.array(decoded, dtype=np.int32), *chunks], dtype=np.int32),
             tuple(live.draw(segment) for live, segment in sampling),
             constrained=any(live.constraint for live, _ in sampling),
         )

@@ -25,12 +25,14 @@ class Live:
     def __post_init__(self) -> None:
         self.tiles_to_send = self.request.tiles
 
-    def token_ids(self, segment: Segment) -> np.ndarray:
-        if segment.context < len(self.request.token_ids):
-            return self.request.token_ids[segment.context : segment.context + segment.length]
-        answered = segment.context - len(self.request.token_ids)
-        known = self.answer.token_ids[answered : answered + 1]
-        return np.array(known or [ON_DEVICE], dtype=np.int32)
+    def token(self, segment: Segment) -> int:
+        """Of the answer, which the segment decodes."""
+        answered, known = segment.context - len(self.request.token_ids), self.answer.token_ids
+        return known[answered] if answered < len(known) else ON_DEVICE
+
+    def chunk(self, segment: Segment) -> np.ndarray:
+        """int32 [length], of the prompt."""
+        return self.request.token_ids[segment.context : segment.context + segment.length]
 
     def draw(self, segment: Segment) -> Draw:
         sampling = self.request.sampling

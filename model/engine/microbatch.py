@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def ragged_batch(plan: Plan, device: torch.device) -> RaggedBatch:
 
 def last_rows(plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
     """int64 [N] each: the row of the last token of each sampling segment, and its slot."""
-    ends = np.cumsum([segment.length for segment in plan.segments])
+    ends = accumulate(segment.length for segment in plan.segments)
     rows = [end - 1 for end, segment in zip(ends, plan.segments, strict=True) if segment.samples]
     slots = [segment.slot for segment in plan.sampling_segments]
     rows_N, slots_N = to_device([rows, slots], device)
@@ -93,7 +94,7 @@ def last_rows(plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def rows_of(plan: Plan) -> Sequence[range]:
     """The rows of each segment in the microbatch."""
-    ends = np.cumsum([segment.length for segment in plan.segments]).tolist()
+    ends = accumulate(segment.length for segment in plan.segments)
     return [
         range(end - segment.length, end) for end, segment in zip(ends, plan.segments, strict=True)
     ]

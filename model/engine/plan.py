@@ -1,6 +1,7 @@
 """What the scheduler asks of every rank for one microbatch: ints only, no torch, no text."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Plan:
     restores: tuple[Swap, ...]
     segments: tuple[Segment, ...]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return sum(segment.length for segment in self.segments)
 
-    @property
+    @cached_property
     def sampling_segments(self) -> tuple[Segment, ...]:
         return tuple(segment for segment in self.segments if segment.samples)

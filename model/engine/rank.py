@@ -16,6 +16,7 @@ from torch import Tensor
 from model.config import load_config
 from model.decoder import Decoder, check_image_tokens
 from model.engine.config import EngineConfig
+from model.engine.mask_memory import MaskMemory
 from model.engine.memory import Capacity, Room
 from model.engine.microbatch import (
     ON_DEVICE,
@@ -61,6 +62,7 @@ class Rank:
         self.decoder = _load(config, rank, device)
         self._features: dict[int, Tensor] = {}  # sequence -> the features not yet used, [P, D]
         self._saved: dict[int, SavedSequence] = {}
+        self.mask_memory = MaskMemory(device)
 
     def room(self) -> Room:
         """Memory for slots and blocks."""
@@ -132,7 +134,8 @@ class Rank:
         if scored.logits_NV is None:
             nothing = torch.empty(0)
             return SampledOnDevice(number, nothing, nothing)
-        tokens_N, logprobs_N = choose(scored.logits_NV, scored.microbatch.draws, masks)
+        on_device = self.mask_memory.upload(masks) if masks else None
+        tokens_N, logprobs_N = choose(scored.logits_NV, scored.microbatch.draws, on_device)
         self._last_tokens_S[scored.slots_N] = tokens_N
         return SampledOnDevice(number, tokens_N, logprobs_N)
 

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from model.decoder import Decoder
@@ -66,6 +67,10 @@ class RankInProcess:
                 self._scored = scored
             else:
                 self._sampled.append(rank.sample(scored))
+
+    def room_for_masks(self, masks: int, words: int) -> np.ndarray:
+        """int32 [C, W] from which the masks given to `constrain` next reach the device soonest."""
+        return self._open_rank.mask_memory.take(masks, words)
 
     @torch.inference_mode()
     def constrain(self, masks: Masks) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from multiprocessing.connection import wait
 from typing import Any, NoReturn
 
+import numpy as np
+
 from model.engine.config import EngineConfig
 from model.engine.memory import share_out
 from model.engine.messages import Forget, Forgotten
@@ -64,6 +66,10 @@ class RankProcesses:
             self._ranks[0].tell(image)
         for rank in self._ranks:
             rank.tell(microbatch)
+
+    def room_for_masks(self, masks: int, words: int) -> np.ndarray:
+        """int32 [C, W] for the masks given to `constrain` next."""
+        return np.empty((masks, words), dtype=np.int32)
 
     def constrain(self, masks: Masks) -> None:
         """The masks of the last microbatch submitted, which is constrained."""

@@ -10,6 +10,7 @@ import torch
 
 from model.decoder import Decoder
 from model.engine.config import EngineConfig
+from model.engine.mask_memory import MaskMemory
 from model.engine.sampling import Draw, Masks, choose
 from model.engine.sequence import blocks_for
 from model.layers.memory import LayerMemory
@@ -65,4 +66,4 @@ def _rehearse(decoder: Decoder, device: torch.device, config: EngineConfig) -> N
         logits_NV = decoder.logits(hidden_TD[:sequences])
         words = -(-logits_NV.shape[1] // 32)
         masks = Masks(0, tuple(range(sequences)), np.full((sequences, words), -1, dtype=np.int32))
-        choose(logits_NV, draws, masks)
+        choose(logits_NV, draws, MaskMemory(device).upload(masks))

@@ -41,6 +41,14 @@ class Masks:
     bits_CW: np.ndarray
 
 
+@dataclass(frozen=True)
+class MasksOnDevice:
+    """The same where the logits are. rows_C: int32. bits_CW: int32, contiguous."""
+
+    rows_C: Tensor
+    bits_CW: Tensor
+
+
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that depends on (seed, position) alone: 53 bits of a counter's hash.
 
@@ -58,7 +66,7 @@ def _mix(x: int) -> int:
 
 
 def choose(
-    logits_NV: Tensor, draws: Sequence[Draw], masks: Masks | None = None
+    logits_NV: Tensor, draws: Sequence[Draw], masks: MasksOnDevice | None = None
 ) -> tuple[Tensor, Tensor]:
     """A token for each row of fp32 logits, int64 [N], and its log-probability at temperature 1,
     fp32 [N]; on the device of the logits, and the host waits for nothing.
@@ -68,7 +76,7 @@ def choose(
     constrained rows.
     """
     logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
-    if masks and masks.rows:
+    if masks and len(masks.rows_C):
         _mask(logits_NV, masks)
     tokens_N = logits_NV.argmax(dim=-1)
     drawn = [row for row, draw in enumerate(draws) if draw.temperature > 0]
@@ -78,22 +86,17 @@ def choose(
     return tokens_N, logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
 
 
-def _mask(logits_NV: Tensor, masks: Masks) -> None:
+def _mask(logits_NV: Tensor, masks: MasksOnDevice) -> None:
     """Writes -inf for each token that is not allowed. Unpacked where the logits are."""
-    device = logits_NV.device
-    bits_CW = torch.from_numpy(masks.bits_CW)
-    if device.type == "cuda":
-        bits_CW = bits_CW.pin_memory().to(device, non_blocking=True)
-    (rows_C,) = to_device([masks.rows], device)
     if fast := logits_kernels(logits_NV):
-        fast.mask_logits(logits_NV, rows_C, bits_CW)
+        fast.mask_logits(logits_NV, masks.rows_C, masks.bits_CW)
         return
-    bits_CB = bits_CW.view(torch.uint8)
-    bit = 1 << torch.arange(8, dtype=torch.uint8, device=device)
+    bits_CB = masks.bits_CW.view(torch.uint8)
+    bit = 1 << torch.arange(8, dtype=torch.uint8, device=logits_NV.device)
     ruled_out_CV = ((bits_CB[:, :, None] & bit) == 0).flatten(1)[:, : logits_NV.shape[1]]
     # As bytes to their rows, and then in place: the logits themselves are four times as large.
     ruled_out_NV = torch.zeros_like(logits_NV, dtype=torch.bool)
-    ruled_out_NV[rows_C.long()] = ruled_out_CV
+    ruled_out_NV[masks.rows_C.long()] = ruled_out_CV
     logits_NV.masked_fill_(ruled_out_NV, float("-inf"))
 
 

@@ -17,18 +17,19 @@ BLOCK_TOKENS = 64
 
 # Numbers in 16 bytes. Tensors begin at multiples of it, or a Triton kernel would be compiled again
 # for every combination of arguments that do not.
-_ALIGNED = 4
+ALIGNED = 4
 
 
 def to_device(columns: Sequence[npt.ArrayLike], device: torch.device | str) -> list[Tensor]:
     """int32 tensors of whole numbers, flat, in one transfer that the host does not wait for."""
     arrays = [np.asarray(column, dtype=np.int32).ravel() for column in columns]
-    starts = np.cumsum([0, *(-(-len(array) // _ALIGNED) * _ALIGNED for array in arrays)])
-    packed = torch.zeros(
+    starts = np.cumsum([0, *(-(-len(array) // ALIGNED) * ALIGNED for array in arrays)])
+    packed = torch.empty(
         int(starts[-1]), dtype=torch.int32, pin_memory=torch.device(device).type == "cuda"
     )
+    on_host = packed.numpy()
     for start, array in zip(starts, arrays, strict=False):
-        packed.numpy()[start : start + len(array)] = array
+        on_host[start : start + len(array)] = array
     packed = packed.to(device, non_blocking=True)
     return [packed[i : i + len(array)] for i, array in zip(starts, arrays, strict=False)]
 

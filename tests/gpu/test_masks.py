@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from model.engine.mask_memory import MaskMemory
 from model.engine.sampling import Draw, Masks, choose
 from model.layers.dispatch import plain_layers
 
@@ -23,7 +24,7 @@ def test_masked_rows_are_those_of_the_plain_code_and_the_others_stay(vocabulary,
     words[1] = 0  # but one token, whose bit is the sign
     words[1, 0] = -(2**31)
     words[2] = -1  # everything
-    masks = Masks(0, (7, 0, 3, 8), words.numpy())
+    masks = MaskMemory(logits.device).upload(Masks(0, (7, 0, 3, 8), words.numpy()))
     draws = [Draw(temperature, 1.0, 0.7)] * 9
     fast, slow = logits.clone(), logits.clone()
     chosen = choose(fast, draws, masks)

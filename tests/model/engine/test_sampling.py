@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.engine.mask_memory import MaskMemory
 from model.engine.sampling import Draw, Masks, choose, uniform
 
 
@@ -65,6 +66,7 @@ def test_masked_tokens_are_those_of_the_slow_twin_and_other_rows_do_not_notice()
             if token >= 77 or allowed[row, token]:
                 bits[at, token // 32] |= np.uint32(1 << token % 32)
     masks = Masks(0, rows, bits.view(np.int32))
+    masks = MaskMemory(logits.device).upload(masks)
     tokens, logprobs = choose(logits.clone(), draws, masks)
     for row in rows:
         chosen = _choose_slowly(
