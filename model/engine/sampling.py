@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from model.layers.dispatch import logits_kernels
-from model.layers.ragged import to_device
 
 _MASK = (1 << 64) - 1
 
@@ -79,10 +78,12 @@ def choose(
     if masks and len(masks.rows_C):
         _mask(logits_NV, masks)
     tokens_N = logits_NV.argmax(dim=-1)
-    drawn = [row for row, draw in enumerate(draws) if draw.temperature > 0]
-    if drawn:
-        rows = to_device([drawn], logits_NV.device)[0].long()
-        tokens_N[rows] = _draw(logits_NV[rows], [draws[row] for row in drawn])
+    whole = [row for row, draw in enumerate(draws) if draw.temperature > 0 and draw.top_p >= 1]
+    parts = [row for row, draw in enumerate(draws) if draw.temperature > 0 and draw.top_p < 1]
+    for rows, draw in ((whole, _draw_from_all), (parts, _draw_from_nucleus)):
+        if rows:
+            rows_N, *settings_N1 = _settings(rows, draws, logits_NV.device)
+            tokens_N[rows_N] = draw(logits_NV[rows_N], *settings_N1)
     return tokens_N, logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
 
 
@@ -100,14 +101,41 @@ def _mask(logits_NV: Tensor, masks: MasksOnDevice) -> None:
     logits_NV.masked_fill_(ruled_out_NV, float("-inf"))
 
 
-def _draw(logits_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Inverse of the distribution function, over the likeliest tokens that make up top_p."""
+def _settings(
+    rows: Sequence[int], draws: Sequence[Draw], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows, int64 [N], and their temperatures, top_p and uniforms, fp32 [N, 1] each."""
     settings = torch.tensor(
-        [(max(d.temperature, _LEAST_TEMPERATURE), d.top_p, d.uniform) for d in draws],
-        dtype=torch.float32,
-        pin_memory=logits_NV.is_cuda,
-    ).to(logits_NV.device, non_blocking=True)
-    temperature_N1, top_p_N1, uniform_N1 = settings.split(1, dim=1)
+        [
+            (row, max(draws[row].temperature, _LEAST_TEMPERATURE), draws[row].top_p,
+             draws[row].uniform)
+            for row in rows
+        ],
+        dtype=torch.float32,  # in which rows are whole numbers too
+        pin_memory=device.type == "cuda",
+    ).to(device, non_blocking=True)  # fmt: skip
+    rows_N1, temperature_N1, top_p_N1, uniform_N1 = settings.split(1, dim=1)
+    return rows_N1[:, 0].long(), temperature_N1, top_p_N1, uniform_N1
+
+
+def _draw_from_all(
+    logits_NV: Tensor, temperature_N1: Tensor, _top_p_N1: Tensor, uniform_N1: Tensor
+) -> Tensor:
+    """Inverse of the distribution function over all tokens, in the order of the vocabulary."""
+    probs_NV = torch.softmax(logits_NV / temperature_N1, dim=-1)
+    cumulative_NV = probs_NV.cumsum(dim=-1)
+    # Summed in parallel, it may rise by rounding where a token's own probability is 0.
+    possible_NV = probs_NV > 0
+    reached_NV = (cumulative_NV > uniform_N1 * cumulative_NV[:, -1:]) & possible_NV
+    # None is when the uniform is rounded to 1: then it is the last possible one.
+    last_N = logits_NV.shape[1] - 1 - possible_NV.flip(-1).byte().argmax(dim=-1)
+    return torch.where(reached_NV.any(dim=-1), reached_NV.byte().argmax(dim=-1), last_N)
+
+
+def _draw_from_nucleus(
+    logits_NV: Tensor, temperature_N1: Tensor, top_p_N1: Tensor, uniform_N1: Tensor
+) -> Tensor:
+    """Inverse of the distribution function, over the likeliest tokens that make up top_p."""
     probs_NV = torch.softmax(logits_NV / temperature_N1, dim=-1)
     probs_NV, order_NV = probs_NV.sort(dim=-1, descending=True, stable=True)
     cumulative_NV = probs_NV.cumsum(dim=-1)

@@ -15,15 +15,15 @@ def _choose_slowly(logits: list[float], draw: Draw) -> int:
         return max(range(len(logits)), key=lambda token: logits[token])
     highest = max(logits)
     weights = [math.exp((logit - highest) / draw.temperature) for logit in logits]
-    probs = sorted(
-        ((weight / sum(weights), token) for token, weight in enumerate(weights)),
-        key=lambda pair: -pair[0],
-    )
+    whole = sum(weights)
+    probs = [(weight / whole, token) for token, weight in enumerate(weights) if weight]
+    if draw.top_p < 1:  # else in the order of the vocabulary
+        probs.sort(key=lambda pair: -pair[0])
     nucleus, mass = [], 0.0
     for prob, token in probs:
         nucleus.append((prob, token))
         mass += prob
-        if mass >= draw.top_p:
+        if draw.top_p < 1 and mass >= draw.top_p:
             break
     left = draw.uniform * mass
     for prob, token in nucleus:
@@ -98,6 +98,44 @@ def test_draws_follow_the_distribution(temperature, top_p):
     assert not seen[outside].any()
     deviation = (seen - count * probs).abs() / (count * probs * (1 - probs)).sqrt().clamp(min=1)
     assert deviation.max() < 4
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95])
+def test_tokens_come_as_often_as_they_are_likely(top_p):
+    """Over a vocabulary of some size, with tokens that a mask rules out between the others."""
+    count, rng = 40_000, np.random.default_rng(11)
+    logits = torch.from_numpy(rng.normal(0, 1.5, 60)).float()
+    logits[rng.permutation(60)[:20]] = -math.inf
+    draws = [Draw(0.8, top_p, uniform(5, position)) for position in range(count)]
+    tokens, _ = choose(logits.repeat(count, 1), draws)
+    probs = torch.softmax(logits.double() / 0.8, -1)
+    ranked, order = probs.sort(descending=True)
+    probs[order[ranked.cumsum(-1) - ranked >= top_p]] = 0
+    probs /= probs.sum()
+    seen = torch.bincount(tokens, minlength=60).double()
+    assert not seen[probs == 0].any()
+    expected = (count * probs)[probs > 0]
+    chi_squared = ((seen[probs > 0] - expected) ** 2 / expected).sum()
+    freedom = len(expected) - 1
+    assert chi_squared < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_rounding_that_rises_at_an_impossible_token_does_not_draw_it(monkeypatch):
+    """As sums may that are computed in parallel."""
+    cumsum = torch.Tensor.cumsum
+
+    def rounded_up(self: torch.Tensor, dim: int) -> torch.Tensor:
+        sums = cumsum(self, dim=dim)
+        return torch.where(self > 0, sums, sums * (1 + 1e-5))
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", rounded_up)
+    logits = torch.zeros(1, 101)
+    logits[:, 1::2] = -math.inf
+    for token in range(0, 101, 2):
+        # Between the sum before an impossible token and the one rounded up at it.
+        u = (token / 2 + 1) / 51 * (1 + 5e-6)
+        chosen, _ = choose(logits, [Draw(1.0, 1.0, min(u, 1 - 2**-53))])
+        assert int(chosen) == min(token + 2, 100)
 
 
 def test_a_rows_token_does_not_depend_on_the_rows_beside_it():
