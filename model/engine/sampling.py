@@ -20,7 +20,8 @@ _LEAST_TEMPERATURE = 1e-20
 
 @dataclass(frozen=True)
 class Draw:
-    """How one token is chosen: greedily at temperature 0, else by `uniform` in [0, 1)."""
+    """How one token is chosen: greedily at temperature 0, else by `uniform` in [0, 1), which walks
+    the tokens in the order of the vocabulary, or below a top_p of 1 from the likeliest on."""
 
     temperature: float
     top_p: float
@@ -123,7 +124,7 @@ def _draw_from_all(
 ) -> Tensor:
     """Inverse of the distribution function over all tokens, in the order of the vocabulary."""
     probs_NV = torch.softmax(logits_NV / temperature_N1, dim=-1)
-    cumulative_NV = probs_NV.cumsum(dim=-1)
+    cumulative_NV = _cumulative(probs_NV)
     # Summed in parallel, it may rise by rounding where a token's own probability is 0.
     possible_NV = probs_NV > 0
     reached_NV = (cumulative_NV > uniform_N1 * cumulative_NV[:, -1:]) & possible_NV
@@ -138,7 +139,7 @@ def _draw_from_nucleus(
     """Inverse of the distribution function, over the likeliest tokens that make up top_p."""
     probs_NV = torch.softmax(logits_NV / temperature_N1, dim=-1)
     probs_NV, order_NV = probs_NV.sort(dim=-1, descending=True, stable=True)
-    cumulative_NV = probs_NV.cumsum(dim=-1)
+    cumulative_NV = _cumulative(probs_NV)
     # The nucleus ends with the token whose probability reaches top_p.
     last_N1 = (cumulative_NV < top_p_N1).sum(dim=-1, keepdim=True)
     # Or with the last possible one: rounded, all of them together may fall short of 1.
@@ -146,3 +147,9 @@ def _draw_from_nucleus(
     threshold_N1 = uniform_N1 * cumulative_NV.gather(1, last_N1)
     rank_N1 = (cumulative_NV <= threshold_N1).sum(dim=-1, keepdim=True)
     return order_NV.gather(1, torch.minimum(rank_N1, last_N1))[:, 0]
+
+
+def _cumulative(probs_NV: Tensor) -> Tensor:
+    """The same bits every time: on CUDA torch sums a single row in whatever order comes."""
+    rows_NV = probs_NV if len(probs_NV) > 1 else probs_NV.expand(2, -1)
+    return rows_NV.cumsum(dim=-1)[: len(probs_NV)]

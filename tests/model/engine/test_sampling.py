@@ -138,6 +138,24 @@ def test_rounding_that_rises_at_an_impossible_token_does_not_draw_it(monkeypatch
         assert int(chosen) == min(token + 2, 100)
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_row_alone_is_drawn_as_beside_others_though_cuda_sums_one_row_in_any_order(
+    top_p, monkeypatch
+):
+    cumsum = torch.Tensor.cumsum
+
+    def unlike_each_time(self: torch.Tensor, dim: int) -> torch.Tensor:
+        sums = cumsum(self, dim=dim)
+        return sums * sums if self.numel() == self.shape[dim] else sums
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", unlike_each_time)
+    logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(4))
+    draws = [Draw(1.0, top_p, uniform(row, 2)) for row in range(40)]
+    together, _ = choose(logits, draws)
+    alone = [choose(logits[row : row + 1], draws[row : row + 1])[0] for row in range(40)]
+    assert torch.equal(together, torch.cat(alone))
+
+
 def test_a_rows_token_does_not_depend_on_the_rows_beside_it():
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(33, 20_011, generator=generator) * 2
