@@ -38,7 +38,6 @@ COUNT = 24
 LONGEST_SIDE = 672  # pixels of a whole page, as the model sees it
 SEED = 20  # `vl01 bench quality` reads other pages
 MOST_TOKENS = 800
-REPLICAS = 2  # of a thread each on 2 cores: a model this small gains little from a second thread
 
 # What is shown at the end: a dataset, and what its pages were asked.
 SHOWN = (("text", "read"), ("receipts", "extract receipt"), ("invoices", "extract invoice"),
@@ -84,7 +83,7 @@ def say(step: str) -> None:
 
 def ask(task: str, source: Path, name: str, *more: object) -> None:
     # Without retries: held to a schema's own tokens, this model seems unsure when it is not.
-    how = ("--replicas", REPLICAS, "--max-new-tokens", MOST_TOKENS, "--retries", 0)
+    how = ("--max-new-tokens", MOST_TOKENS, "--retries", 0)
     vl01(task, source, "--output", ANSWERS / name, "--model", CHECKPOINT, *how, *more)
 
 
