@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from model.engine.sampling import Masks, MasksOnDevice
-from model.layers.ragged import ALIGNED
+from model.layers.ragged import aligned
 
 
 class MaskMemory:
@@ -47,20 +47,16 @@ class _Buffer:
     def room(self, masks: int, words: int) -> np.ndarray:
         if self._copied:
             self._copied.synchronize()  # long since, as a rule
-        size = _aligned(masks * words) + masks
+        size = aligned(masks * words) + masks
         if len(self._flat) < size:
             self._flat = torch.empty(size, dtype=torch.int32, pin_memory=self._copied is not None)
         return self._flat.numpy()[: masks * words].reshape(masks, words)
 
     def upload(self, rows: tuple[int, ...], shape: tuple[int, ...]) -> MasksOnDevice:
         masks, words = shape
-        start = _aligned(masks * words)
+        start = aligned(masks * words)
         self._flat.numpy()[start : start + masks] = rows
         packed = self._flat[: start + masks].to(self._device, non_blocking=True)
         if self._copied:
             self._copied.record()
         return MasksOnDevice(packed[start:], packed[: masks * words].view(masks, words))
-
-
-def _aligned(numbers: int) -> int:
-    return -(-numbers // ALIGNED) * ALIGNED

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.engine.plan import Plan
 from model.engine.sampling import Draw
-from model.layers.ragged import RaggedBatch, to_device
+from model.layers.ragged import BatchOnHost, to_device
 
 # A token that was sampled in the microbatch before and which only the device knows yet.
 ON_DEVICE = -1
@@ -72,14 +72,13 @@ class SampledOnDevice:
         return Sampled(self._number, tuple(tokens), tuple(logprobs))
 
 
-def ragged_batch(plan: Plan, device: torch.device) -> RaggedBatch:
+def batch_of(plan: Plan) -> BatchOnHost:
     segments = plan.segments
-    return RaggedBatch.build(
+    return BatchOnHost.build(
         lengths=[segment.length for segment in segments],
         contexts=[segment.context for segment in segments],
         slots=[segment.slot for segment in segments],
         block_tables=[segment.blocks for segment in segments],
-        device=device,
     )
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from model.config import load_config
 from model.decoder import Decoder, check_image_tokens
 from model.engine.config import EngineConfig
+from model.engine.cuda_recorder import recorder_for
+from model.engine.decode_graphs import DecodeGraphs
 from model.engine.mask_memory import MaskMemory
 from model.engine.memory import Capacity, Room
 from model.engine.microbatch import (
@@ -23,8 +25,8 @@ from model.engine.microbatch import (
     Image,
     Microbatch,
     SampledOnDevice,
+    batch_of,
     last_rows,
-    ragged_batch,
     rows_of,
 )
 from model.engine.plan import Plan
@@ -86,6 +88,9 @@ class Rank:
             dtype=self.dtype,
             device=self.device,
         )
+        self._layers = DecodeGraphs(
+            self.decoder, self._memory, capacity.slots, recorder_for(self.device)
+        )
         self._last_tokens_S = torch.zeros(capacity.slots, dtype=torch.int64, device=self.device)
 
     def take_image(self, image: Image) -> None:
@@ -107,6 +112,7 @@ class Rank:
         """All sequences; a new one finds slots and blocks as if they had never been used."""
         self._features.clear()
         self._saved.clear()
+        self._layers.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -118,7 +124,7 @@ class Rank:
 
     def forward(self, hidden_TD: Tensor, plan: Plan) -> Tensor:
         """This rank's layers, which write to its memory."""
-        return self.decoder(hidden_TD, ragged_batch(plan, self.device), self._memory)
+        return self._layers(hidden_TD, batch_of(plan))
 
     def score(self, hidden_TD: Tensor, microbatch: Microbatch) -> Scored:
         """Last rank: what can be computed of the next tokens before their masks are known."""

@@ -4,6 +4,7 @@ Shapes: T tokens, D hidden size, N sequences.
 """
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -25,12 +26,9 @@ MARGIN_BYTES = 2**30
 @torch.inference_mode()
 def measure_room(decoder: Decoder, device: torch.device, config: EngineConfig) -> int:
     """Bytes free on the GPU for slots and blocks while the largest microbatch is computed."""
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    _rehearse(decoder, device, config)
-    torch.cuda.synchronize(device)
-    needed = torch.cuda.max_memory_allocated(device) - before
+    needed = _most_bytes(_rehearse, decoder, device, config)
+    # What decode steps compute in stays with their graphs, which share it among themselves.
+    needed += _most_bytes(_rehearse_decode, decoder, device, config)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     logger.info(
@@ -41,6 +39,31 @@ def measure_room(decoder: Decoder, device: torch.device, config: EngineConfig) -
         config.chunk_tokens,
     )
     return max(0, free - needed - MARGIN_BYTES)
+
+
+def _most_bytes(
+    rehearse: Callable[[Decoder, torch.device, EngineConfig], None],
+    decoder: Decoder,
+    device: torch.device,
+    config: EngineConfig,
+) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    rehearse(decoder, device, config)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _rehearse_decode(decoder: Decoder, device: torch.device, config: EngineConfig) -> None:
+    """The layers with as many single tokens as there may be, all in one slot and one block: what
+    they write there means nothing."""
+    text, dtype = decoder.config.text, config.torch_dtype
+    memory = LayerMemory(text, decoder.span, slots=1, blocks=1, dtype=dtype, device=device)
+    count = min(config.chunk_tokens, config.most_sequences)
+    batch = RaggedBatch.build([1] * count, [0] * count, [0] * count, [[0]] * count, device)
+    hidden_TD = torch.randn(count, text.hidden_size, dtype=dtype, device=device)
+    decoder(hidden_TD, batch, memory)
 
 
 def _rehearse(decoder: Decoder, device: torch.device, config: EngineConfig) -> None:

@@ -4,10 +4,11 @@ A rank hangs when its process is stopped, a kernel never ends, or hidden states 
 slow is not hanging: on a CPU one layer may take minutes. So what counts is
 - that a rank answers when it is asked. A thread of its own does so at once, whatever the rank is
   at, loading its weights and compiling kernels included.
-- that it comes on: its progress grows with every part of a layer that it hands to the device and
-  with every microbatch that the device has finished. On CPU it grows also with the CPU time of the
-  thread that works: what computes uses it, however slowly, and what waits for ever does not. (On
-  CUDA that would say nothing: a host that waits for its GPU spins.)
+- that it comes on: its progress grows with every part of a layer that it hands to the device (with
+  every decode step, where that is replayed as a whole) and with every microbatch that the device
+  has finished. On CPU it grows also with the CPU time of the thread that works: what computes uses
+  it, however slowly, and what waits for ever does not. (On CUDA that would say nothing: a host that
+  waits for its GPU spins.)
 A rank that waits for another, or for work, is excused as long as any rank comes on.
 """
 

@@ -52,6 +52,11 @@ def attention_kernels(q_THD: Tensor) -> ModuleType | None:
     return kernels(q_THD) if q_THD.shape[-1] in _HEAD_SIZES else None
 
 
+def launches_alone(hidden_TD: Tensor, head_size: int, *widths: int) -> bool:
+    """Does the host only launch kernels for layers of these sizes, none of which it waits for?"""
+    return head_size in _HEAD_SIZES and product_kernels(hidden_TD, *widths) is not None
+
+
 def logits_kernels(logits_NV: Tensor) -> ModuleType | None:
     """The kernels that take logits, which are fp32 and contiguous."""
     if _plain or not logits_NV.is_cuda or not _is_hopper(logits_NV.device):

@@ -5,6 +5,7 @@ T new tokens, S sequences, B blocks. Owns no memory and takes no decisions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -17,21 +18,44 @@ BLOCK_TOKENS = 64
 
 # Numbers in 16 bytes. Tensors begin at multiples of it, or a Triton kernel would be compiled again
 # for every combination of arguments that do not.
-ALIGNED = 4
+_ALIGNED = 4
+
+# Block tables are padded to a power of two, at least this: kernels choose their launches by the
+# width of the table, so that launches recorded for a few widths serve contexts of all lengths.
+_LEAST_TABLE = 8
 
 
-def to_device(columns: Sequence[npt.ArrayLike], device: torch.device | str) -> list[Tensor]:
-    """int32 tensors of whole numbers, flat, in one transfer that the host does not wait for."""
+def to_device(
+    columns: Sequence[npt.ArrayLike], device: torch.device | str, into: Tensor | None = None
+) -> list[Tensor]:
+    """int32 tensors of whole numbers, flat, in one transfer that the host does not wait for.
+
+    into: int32 on that device, of which they become views, instead of new memory; see
+    `device_numbers` for its size.
+    """
     arrays = [np.asarray(column, dtype=np.int32).ravel() for column in columns]
-    starts = np.cumsum([0, *(-(-len(array) // ALIGNED) * ALIGNED for array in arrays)])
+    starts = np.cumsum([0, *(aligned(len(array)) for array in arrays)])
     packed = torch.empty(
         int(starts[-1]), dtype=torch.int32, pin_memory=torch.device(device).type == "cuda"
     )
     on_host = packed.numpy()
     for start, array in zip(starts, arrays, strict=False):
         on_host[start : start + len(array)] = array
-    packed = packed.to(device, non_blocking=True)
+    if into is None:
+        packed = packed.to(device, non_blocking=True)
+    else:
+        packed = into.copy_(packed, non_blocking=True)
     return [packed[i : i + len(array)] for i, array in zip(starts, arrays, strict=False)]
+
+
+def device_numbers(columns: Sequence[np.ndarray]) -> int:
+    """How many int32 `to_device` writes for these."""
+    return sum(aligned(column.size) for column in columns)
+
+
+def aligned(numbers: int) -> int:
+    """The place of the first number after so many where a tensor may begin."""
+    return -(-numbers // _ALIGNED) * _ALIGNED
 
 
 @dataclass(frozen=True)
@@ -53,7 +77,8 @@ class RaggedBatch:
 
     lengths, contexts: (host) new tokens of each sequence, and how many of it are in memory.
     positions_T: int64. offsets_S1: int32, cumulative lengths. contexts_S: int32.
-    slots_S: int64, lightning slot. blocks_SB: int32, K/V blocks in order, padded with 0.
+    slots_S: int64, lightning slot. blocks_SB: int32, K/V blocks in order, padded with 0; B is a
+    power of two.
     """
 
     lengths: tuple[int, ...]
@@ -73,39 +98,23 @@ class RaggedBatch:
         block_tables: Sequence[Sequence[int]],
         device: torch.device | str = "cpu",
     ) -> "RaggedBatch":
-        """Lay sequences end to end. Each block table covers context + length tokens or more.
+        """`BatchOnHost.build`, taken to the device."""
+        return BatchOnHost.build(lengths, contexts, slots, block_tables).to(device)
 
-        Raises ValueError when the lists do not describe the same sequences, or a table is short.
-        """
-        if not len(lengths) == len(contexts) == len(slots) == len(block_tables) > 0:
-            raise ValueError(
-                f"{len(lengths)} lengths, {len(contexts)} contexts, {len(slots)} slots and "
-                f"{len(block_tables)} block tables; expected as many of each, and at least one"
-            )
-        for i, (length, context, table) in enumerate(
-            zip(lengths, contexts, block_tables, strict=True)
-        ):
-            if length < 1 or len(table) * BLOCK_TOKENS < context + length:
-                raise ValueError(
-                    f"sequence {i}: {length} new tokens after {context} in {len(table)} blocks "
-                    f"of {BLOCK_TOKENS}"
-                )
-        widest = max(len(table) for table in block_tables)
-        padded = [[*table, *[0] * (widest - len(table))] for table in block_tables]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        starts_T = np.repeat(np.asarray(contexts) - offsets[:-1], lengths)
-        on_device = to_device(
-            [starts_T + np.arange(offsets[-1]), offsets, contexts, slots, padded], device
-        )
-        positions_T, offsets_S1, contexts_S, slots_S, blocks = on_device
+    @classmethod
+    def of_columns(
+        cls, lengths: tuple[int, ...], contexts: tuple[int, ...], columns: Sequence[Tensor]
+    ) -> "RaggedBatch":
+        """columns: those of a BatchOnHost, on the device."""
+        positions_T, offsets_S1, contexts_S, slots_S, blocks = columns
         return cls(
-            lengths=tuple(lengths),
-            contexts=tuple(contexts),
+            lengths=lengths,
+            contexts=contexts,
             positions_T=positions_T.long(),
             offsets_S1=offsets_S1,
             contexts_S=contexts_S,
             slots_S=slots_S.long(),
-            blocks_SB=blocks.view(-1, widest),
+            blocks_SB=blocks.view(len(lengths), -1),
         )
 
     def pieces(self) -> list[Piece]:
@@ -123,3 +132,77 @@ class RaggedBatch:
                 pieces.append(Piece(sequence, start, step, position))
                 position, start = position + step, start + step
         return pieces
+
+
+@dataclass(frozen=True)
+class BatchOnHost:
+    """What becomes a RaggedBatch once its columns are on a device.
+
+    columns: positions [T], offsets [S + 1], contexts [S], slots [S] and block tables [S, B].
+    """
+
+    lengths: tuple[int, ...]
+    contexts: tuple[int, ...]
+    columns: tuple[np.ndarray, ...]
+
+    @classmethod
+    def build(
+        cls,
+        lengths: Sequence[int],
+        contexts: Sequence[int],
+        slots: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+    ) -> "BatchOnHost":
+        """Lay sequences end to end. Each block table covers context + length tokens or more.
+
+        Raises ValueError when the lists do not describe the same sequences, or a table is short.
+        """
+        if not len(lengths) == len(contexts) == len(slots) == len(block_tables) > 0:
+            raise ValueError(
+                f"{len(lengths)} lengths, {len(contexts)} contexts, {len(slots)} slots and "
+                f"{len(block_tables)} block tables; expected as many of each, and at least one"
+            )
+        for i, (length, context, table) in enumerate(
+            zip(lengths, contexts, block_tables, strict=True)
+        ):
+            if length < 1 or len(table) * BLOCK_TOKENS < context + length:
+                raise ValueError(
+                    f"sequence {i}: {length} new tokens after {context} in {len(table)} blocks "
+                    f"of {BLOCK_TOKENS}"
+                )
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        starts_T = np.repeat(np.asarray(contexts) - offsets[:-1], lengths)
+        positions_T = starts_T + np.arange(offsets[-1])
+        columns = (positions_T, offsets, contexts, slots, _padded(block_tables))
+        return cls(
+            lengths=tuple(lengths),
+            contexts=tuple(contexts),
+            columns=tuple(np.asarray(column, dtype=np.int32) for column in columns),
+        )
+
+    @property
+    def tokens(self) -> int:
+        return len(self.columns[0])
+
+    @property
+    def sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def table(self) -> int:
+        """The width of the block tables."""
+        return self.columns[-1].shape[1]
+
+    def to(self, device: torch.device | str) -> RaggedBatch:
+        columns = to_device(self.columns, device)
+        return RaggedBatch.of_columns(self.lengths, self.contexts, columns)
+
+
+def _padded(block_tables: Sequence[Sequence[int]]) -> np.ndarray:
+    """int32 [S, B], 0 after the end of each table."""
+    lengths_S = np.array([len(table) for table in block_tables])
+    width = max(_LEAST_TABLE, 1 << int(lengths_S.max() - 1).bit_length())
+    padded_SB = np.zeros((len(block_tables), width), dtype=np.int32)
+    inside_SB = np.arange(width) < lengths_S[:, None]
+    padded_SB[inside_SB] = np.fromiter(chain.from_iterable(block_tables), np.int32)
+    return padded_SB

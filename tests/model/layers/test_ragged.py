@@ -3,8 +3,15 @@
 import itertools
 
 import pytest
+import torch
 
-from model.layers.ragged import BLOCK_TOKENS, RaggedBatch
+from model.layers.ragged import (
+    BLOCK_TOKENS,
+    BatchOnHost,
+    RaggedBatch,
+    device_numbers,
+    to_device,
+)
 
 
 def test_sequences_lie_end_to_end_with_their_own_positions():
@@ -13,7 +20,32 @@ def test_sequences_lie_end_to_end_with_their_own_positions():
     assert batch.offsets_S1.tolist() == [0, 3, 4, 6]
     assert batch.contexts_S.tolist() == [0, 70, 64]
     assert batch.slots_S.tolist() == [5, 0, 2]
-    assert batch.blocks_SB.tolist() == [[1, 0, 0], [4, 9, 0], [3, 7, 8]]
+    assert batch.blocks_SB[:, :3].tolist() == [[1, 0, 0], [4, 9, 0], [3, 7, 8]]
+    assert not batch.blocks_SB[:, 3:].any()
+
+
+@pytest.mark.parametrize(("longest", "width"), [(1, 8), (8, 8), (9, 16), (64, 64), (65, 128)])
+def test_tables_have_few_widths(longest, width):
+    batch = RaggedBatch.build([1, 1], [0, 64 * longest - 1], [0, 1], [[7], range(longest)])
+    assert batch.blocks_SB.shape == (2, width)
+    assert batch.blocks_SB[1, :longest].tolist() == list(range(longest))
+
+
+def test_a_batch_written_over_another_of_its_shape_is_that_batch():
+    first, second = (
+        BatchOnHost.build([1] * 3, contexts, slots, [[1], [4, 9], [3, 7, 8]])
+        for contexts, slots in (([0, 70, 129], [5, 0, 2]), ([9, 100, 191], [1, 3, 4]))
+    )
+    packed = torch.full((device_numbers(first.columns),), -1, dtype=torch.int32)
+    columns = to_device(first.columns, "cpu", into=packed)
+    assert [column.tolist() for column in columns] == [c.ravel().tolist() for c in first.columns]
+    to_device(second.columns, "cpu", into=packed)
+    batch, expected = (
+        RaggedBatch.of_columns(second.lengths, second.contexts, columns),
+        second.to("cpu"),
+    )
+    for field in ("positions_T", "offsets_S1", "contexts_S", "slots_S", "blocks_SB"):
+        assert torch.equal(getattr(batch, field), getattr(expected, field)), field
 
 
 @pytest.mark.parametrize("cuts", [[0, 200], [0, 64, 200], [0, 128, 192, 200]])
