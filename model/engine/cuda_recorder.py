@@ -46,3 +46,4 @@ class CudaRecorder:
         self._failed = graph
         with suppress(RuntimeError):  # where it did end
             torch._C._cuda_endAllocateToPool(self._device.index, self._memory)
+        self._memory = torch.cuda.graph_pool_handle()  # this one counts as in use for good
