@@ -17,6 +17,7 @@ from model.engine.config import EngineConfig
 from model.engine.engine import Engine
 from model.engine.rank_host import Hosts
 from pipeline.canary import Canary, WrongAnswerError
+from pipeline.guard import guard
 from pipeline.metrics import ReplicaMetrics
 from pipeline.watchdog import Watchdog
 from schemas.errors import ConfigError, RowError
@@ -51,6 +52,7 @@ class Replica:
 
     A broken engine cannot answer the rows it holds, so the whole process exits: Ray starts the
     actor again and gives the new one the same batches. (`sys.exit` or raising would fail the job.)
+    So does one that hangs: a watchdog and a guard see to it.
 
     hosts: takes them for the engine's ranks, elsewhere; None where the ranks start here.
     """
@@ -68,6 +70,7 @@ class Replica:
         self._ready_at = 0.0
         self._lock = threading.Lock()
         self._ready: Future[None] = Future()
+        guard(config.hang_seconds)
         threading.Thread(target=self._run, args=(config, hosts), name="engine", daemon=True).start()
 
     def submit(self, request: Request) -> "Future[Result]":

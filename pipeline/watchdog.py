@@ -1,5 +1,6 @@
 """Ends a process whose engine hangs in it, as a kernel that never ends makes it: an engine of one
-rank computes in the caller's own thread. Ranks in other processes are watched by their engine."""
+rank computes in the caller's own thread. Ranks in other processes are watched by their engine, and
+here it is seen that it does so. Where no thread of this process runs, guard.py ends it."""
 
 import logging
 import os
@@ -42,9 +43,7 @@ class Watchdog:
                 signs, entered = VitalSigns(), self._entered
                 continue
             signs.passed(_SECONDS_BETWEEN)
-            if (alive := self._engine.alive) is None:
-                return
-            signs.heard(alive)
+            signs.heard(self._engine.alive)
             if found := hung([signs], self._patience):
                 logger.error("the engine hangs: %s; this replica is started again", found[0])
                 os._exit(1)

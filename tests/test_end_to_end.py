@@ -77,12 +77,15 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The rank processes under a run."""
+RANK, REPLICA = "model.engine.rank_worker", "MapBatches(Generate)"
+
+
+def under(process: subprocess.Popen, name: str) -> list[psutil.Process]:
+    """The processes of a run whose command line holds the name."""
     return [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
-        if "model.engine.rank_worker" in " ".join(_command_line(child))
+        if name in " ".join(_command_line(child))
     ]
 
 
@@ -138,9 +141,11 @@ def test_a_run_killed_three_times_writes_every_row_once_and_redoes_no_finished_u
     run(command("verify", output, "--deep"))
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_killed_or_stopped_alone_is_replaced_and_no_row_is_lost_or_doubled(
-    tmp_path, checkpoint, blow
+@pytest.mark.parametrize(
+    ("who", "blow"), [(RANK, signal.SIGKILL), (RANK, signal.SIGSTOP), (REPLICA, signal.SIGSTOP)]
+)
+def test_a_rank_or_a_replica_killed_or_stopped_alone_is_replaced_and_no_row_is_lost_or_doubled(
+    tmp_path, checkpoint, who, blow
 ):
     images = good_images(60)
     write_source(tmp_path / "source", images)
@@ -151,9 +156,9 @@ def test_a_rank_killed_or_stopped_alone_is_replaced_and_no_row_is_lost_or_double
         stderr=subprocess.DEVNULL,
     )
     wait_for(lambda: len(records(output)) >= 1, process)
-    victim = ranks_of(process)[-1]
+    victim = under(process, who)[-1]
     os.kill(victim.pid, blow)
-    wait_for(lambda: victim.pid not in {rank.pid for rank in ranks_of(process)}, process)
+    wait_for(lambda: victim.pid not in {other.pid for other in under(process, who)}, process)
     assert process.wait(timeout=400) == 0
     rows = read(output).to_pylist()
     assert len(rows) == len({row["row_id"] for row in rows}) == len(images)

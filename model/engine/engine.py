@@ -100,10 +100,10 @@ class Engine:
         return self._ranks.busy_seconds
 
     @property
-    def alive(self) -> Alive | None:
-        """What the only rank, which is in this process, is at. None with several: `step` finds out
-        when one of them hangs. May be asked by any thread while another is in `step`."""
-        return self._ranks.alive if isinstance(self._ranks, RankInProcess) else None
+    def alive(self) -> Alive:
+        """What is done in this process, by the only rank or by the coordinator of several: `step`
+        finds out when one of these hangs. May be asked by any thread while another is in `step`."""
+        return self._ranks.alive
 
     @property
     def decoder(self) -> Decoder | None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from model.engine.config import EngineConfig
 from model.engine.memory import share_out
-from model.engine.messages import Forget, Forgotten
+from model.engine.messages import Alive, Forget, Forgotten
 from model.engine.microbatch import Image, Microbatch, Sampled
 from model.engine.rank_host import Hosts, RankHost, ThisHost
 from model.engine.rank_process import RankProcess
@@ -38,6 +38,7 @@ class RankProcesses:
         self._meeting: Meeting | None = Meeting(hosts.address if hosts else None)
         self._ranks: list[RankProcess] = []
         self._patience = config.hang_seconds
+        self._turns = 0  # of this coordinator: it comes on, whatever the ranks do
         self._asked = time.monotonic()  # when the ranks were last asked whether they are there
         try:
             for index, host in enumerate(hosts.hosts if hosts else _on_this_machine(config)):
@@ -61,7 +62,14 @@ class RankProcesses:
         """That each rank has computed, as far as they have told; some seconds old."""
         return tuple(rank.busy_seconds for rank in self._ranks)
 
+    @property
+    def alive(self) -> Alive:
+        """What the coordinator is doing; to be asked from another thread than the one that has it
+        do so. It waits for its ranks a second at a time, and so comes on while it does."""
+        return Alive("telling its ranks or hearing them", self._turns, waits=False, busy_seconds=0)
+
     def submit(self, images: Sequence[Image], microbatch: Microbatch) -> None:
+        self._turns += 1
         for image in images:
             self._ranks[0].tell(image)
         for rank in self._ranks:
@@ -122,6 +130,7 @@ class RankProcesses:
         and so is that it hangs."""
         if self._error:
             raise self._error
+        self._turns += 1
         started = time.monotonic()
         if started - self._asked > _SECONDS_BETWEEN:
             self._asked = started
