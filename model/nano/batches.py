@@ -52,6 +52,14 @@ LANDSCAPE = Sheetform((672, 672), (400, 560), ("table", "form", "text", "invoice
 # that what is compiled for a number of tokens is compiled for two of them, not for each layout.
 # One answer in 20 about a page of 5 tiles is longer, and learnt as far as that.
 _CHUNKS = {2: (20, 6), 3: (30, 9), 5: (40, 12)}
+_CHUNKS_OF_A_SQUARE = (60, 18)  # that fills 2 x 2 tiles: a slip drawn large
+_MOST_BEFORE_IMAGE = 16  # tokens
+
+# Of pages in training beside those that come anyway: so many have fields to extract, so many long
+# lines in small print. These are what went wrong most.
+_MORE_FACTS, _MORE_LONG = 0.3, 0.25
+_FACTS, _LONG = ("receipt", "invoice"), ("letter", "text")
+_PRINT, _SMALL_PRINT = (15, 22), (15, 17)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Plan:
         random = Random(f"plan/{number}")
         is_easy = number < self.easy
         wear = Wear(0, 0, 0) if is_easy else Wear()
-        weights = (8, 1, 1, 0) if is_easy else (2, 4, 5, 3)
+        weights = (8, 1, 1, 0) if is_easy else (3, 4, 6, 3)
         return random.choices((SLIP, RECEIPT, PORTRAIT, LANDSCAPE), weights)[0], wear
 
     def pages(self, layout: Layout) -> int:
@@ -81,7 +89,13 @@ class Plan:
 
 def tokens_of_page(layout: Layout) -> int:
     """Of the prompt up to the image's end, padding included."""
-    return _CHUNKS[layout.tiles][0] * CHUNK
+    return _chunks(layout)[0] * CHUNK
+
+
+def _chunks(layout: Layout) -> tuple[int, int]:
+    usual = _CHUNKS[layout.tiles]
+    fits = _MOST_BEFORE_IMAGE + layout.tokens <= usual[0] * CHUNK
+    return usual if fits else _CHUNKS_OF_A_SQUARE
 
 
 @dataclass(frozen=True)
@@ -162,19 +176,20 @@ class Batches(IterableDataset):
     def _make(self, number: int, encoder: Answers) -> Batch:
         form, wear = self._plan.form(number)
         random = Random(f"{self._split}/batch/{number}")
-        # Not of slips: what is large and square has more tokens than any page of 5 tiles here.
-        zoom = 1.0 if form is SLIP or random.random() < 0.75 else random.uniform(1.1, 1.6)
+        zoom = _zoom(form, random)
         size = round(random.randint(*form.width) * zoom), round(random.randint(*form.height) * zoom)
         pages, tiles, questions = [], [], []
         wanted = 1
         while len(pages) < wanted:
+            kinds, sizes = _printed(form, random)
             page = make_page(
                 f"{self._split}/{number}/{len(pages)}",
                 *size,
-                kinds=form.kinds,
+                kinds=kinds,
                 families=families(),
                 wear=wear,
                 zoom=zoom,
+                sizes=sizes,
             )
             cut = prepare_image(_bmp(page), self._pinpoints)
             wanted = self._plan.pages(cut.layout)
@@ -186,7 +201,7 @@ class Batches(IterableDataset):
         grey = torch.from_numpy(np.stack([cut.tiles[first:, ..., 0] for cut in tiles]))
         shown = [_patch_classes(page, cut) for page, cut in zip(pages, tiles, strict=True)]
         rows = [row for rows in zip(*questions, strict=True) for row in rows]
-        asked = _assemble(rows, _CHUNKS[layout.tiles][1] * CHUNK) if rows else None
+        asked = _assemble(rows, _chunks(layout)[1] * CHUNK) if rows else None
         return Batch(grey, torch.from_numpy(np.stack(shown)), asked, layout)
 
     def _ask(
@@ -196,7 +211,7 @@ class Batches(IterableDataset):
         known = answers(page.content)
         others = [task for task in known if task != "read"]
         extracts = [task for task in others if task.startswith("extract")]
-        other = extracts[0] if extracts and random.random() < 0.65 else "describe"
+        other = extracts[0] if extracts and random.random() < 0.9 else "describe"
         prefix = len(next(iter(self._templates.values())).prefix_ids)
         tokens_of = prefix + _tokens_of_glyphs(page, cut)
         found = []
@@ -206,6 +221,24 @@ class Batches(IterableDataset):
             suffix = np.array(self._templates[task].suffix_ids)
             found.append((task, suffix, answer, places))
         return found
+
+
+def _zoom(form: Sheetform, random: Random) -> float:
+    """A slip that is larger than a tile fills 2 x 2 of them: its print is seen at twice the size,
+    as is that of any small page of a PDF. Other sheets are only made to fit in another way."""
+    if form is SLIP:
+        return random.uniform(1.2, 2.2) if random.random() < 0.4 else 1.0
+    return random.uniform(1.1, 1.6) if random.random() < 0.25 else 1.0
+
+
+def _printed(form: Sheetform, random: Random) -> tuple[tuple[str, ...], tuple[int, int]]:
+    """What one page may be, and its least and most font size."""
+    drawn = random.random()
+    if drawn < _MORE_FACTS:
+        return tuple(kind for kind in form.kinds if kind in _FACTS), _PRINT
+    if drawn < _MORE_FACTS + _MORE_LONG:
+        return tuple(kind for kind in form.kinds if kind in _LONG), _SMALL_PRINT
+    return form.kinds, _PRINT
 
 
 def _assemble(rows: list[tuple[str, np.ndarray, Encoded, np.ndarray]], length: int) -> Asked:

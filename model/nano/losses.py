@@ -37,7 +37,7 @@ class Weights:
     characters: float = 0.5
     place: float = 0.1
     pointer: float = 0.3
-    balance: float = 0.01
+    balance: float = 0.02
 
 
 class Losses:
@@ -138,8 +138,7 @@ class Losses:
     def _pointers(self, asked: Asked, answers: Passed) -> Tensor:
         """In the first softmax layer one head looks at the character just read and one at the
         next; in the last one head looks at the next."""
-        following = torch.where(asked.is_answer[:, :-1], asked.places[:, 1:], -1)
-        following = functional.pad(following, (0, 1), value=-1)
+        following = _following(asked)
         first = answers.queries_and_keys[self._softmax_layers[0]]
         last = answers.queries_and_keys[self._softmax_layers[-1]]
         heads = self._decoder.config.text.num_heads
@@ -153,6 +152,14 @@ class Losses:
 
 def _sum(losses: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(losses)).sum()
+
+
+def _following(asked: Asked) -> Tensor:
+    """[N, T]: the place of the next token of the answer, or else of the one after it. So a value is
+    sought before it is known whether there is one, and the next line before this one is left."""
+    places = torch.where(asked.is_answer, asked.places.roll(-1, 1), -1)
+    is_followed = asked.is_answer & asked.is_answer.roll(-1, 1)
+    return torch.where((places < 0) & is_followed, asked.places.roll(-2, 1), places)
 
 
 def _grid(hidden: Tensor, batch: Batch) -> Tensor:

@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 from model.config import load_config
-from model.nano.tokenizer import TRAINING_TEXT, TokenIds, write_tokenizer
+from model.nano.tokenizer import (
+    TokenIds,
+    Tokens,
+    write_told_tokenizer,
+    write_trained_tokenizer,
+)
 from model.weights.names import TensorEntry, checkpoint_tensors
 
 _CHUNK_ELEMENTS = 1 << 23  # random numbers drawn at a time: 32 MB in fp32
@@ -106,15 +111,17 @@ def write_configuration(
     pinpoints: list[tuple[int, int]] | None = None,
     dtype: str = "bfloat16",
     endless: bool = False,
-    text: str | None = None,
+    tokens: Tokens | None = None,
 ) -> TokenIds:
     """Write what a checkpoint holds besides its tensors. `endless`: no token ends a text.
 
-    `text` is what the tokenizer learns its tokens from, phrases of it too.
+    `tokens`: of its tokenizer; without, it learns some from a text.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    token_ids = write_tokenizer(
-        folder, size.vocab_size, text or TRAINING_TEXT, phrases=text is not None
+    token_ids = (
+        write_told_tokenizer(folder, size.vocab_size, tokens)
+        if tokens
+        else write_trained_tokenizer(folder, size.vocab_size)
     )
     grids = [list(p) for p in pinpoints or released_pinpoints(size.tile)]
     _write_json(folder / "config.json", _config_json(size, token_ids.image, grids, dtype))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from model.nano.random_checkpoint import NanoSizes, write_configuration
-from model.nano.tasks import tokenizer_text
+from model.nano.tasks import tokens
 
 # 11.4 M parameters, 23 MB in bf16. 16 layers, so that one softmax layer can find where the last
 # character stands and the other what follows it.
@@ -30,4 +30,4 @@ PINPOINTS = [(336, 336), (672, 336), (336, 672), (672, 672)]
 def write_nano_configuration(folder: Path, size: NanoSizes = NANO) -> None:
     """All files of the checkpoint but the tensors."""
     pinpoints = [(w * size.tile // 336, h * size.tile // 336) for w, h in PINPOINTS]
-    write_configuration(folder, size, pinpoints=pinpoints, text=tokenizer_text())
+    write_configuration(folder, size, pinpoints=pinpoints, tokens=tokens())

@@ -15,16 +15,14 @@ from tokenizers import Tokenizer
 
 from model.nano.pages.content import Content, Fact
 from model.nano.pages.marked import NOWHERE, Marked, join, marked
-from model.nano.tokenizer import END
+from model.nano.tokenizer import END, Tokens
 
 _PROMPTS = Path(__file__).with_name("prompts.json")
+_TOKENS = Path(__file__).with_name("tokens.json")
 
 # Fields that JSON writes as numbers.
 _NUMBERS = {"total", "subtotal", "tax", "quantity", "unit_price", "amount"}
 
-# What stands in answers and in no prompt: symbols and accents of several bytes, and the pieces of
-# JSON and Markdown. Often enough that the tokenizer makes a token of each.
-_SYMBOLS = ["€", "£", "ä", "à", "á", "ö", "ó", "ü", "ú", "é", "è", "ñ", "ç", "ß", "•"]
 _KEYS_OF_JSON = re.compile(r'[{},\[]*"[a-z_]+":')
 
 # Names of fields, in order, and the fields inside them.
@@ -53,10 +51,11 @@ def schemas() -> dict[str, Shape]:
     }
 
 
-def tokenizer_text() -> str:
-    """What the tokenizer is trained on. Changing it changes every token id."""
-    frozen = Path(__file__).with_name("tokenizer.txt").read_text(encoding="utf-8")
-    return "\n".join(["".join(_SYMBOLS), *(s for s in _SYMBOLS for _ in range(200)), frozen])
+def tokens() -> Tokens:
+    """Symbols and accents of several bytes; and as phrases the lines of all prompts, the headers of
+    turns, and the keys of JSON: so an answer is tokenized in one way alone, also where a grammar
+    forces its keys. A trained checkpoint knows their ids: add some, but never change any."""
+    return Tokens(**json.loads(_TOKENS.read_text(encoding="utf-8")))
 
 
 def answers(content: Content) -> dict[str, Marked]:

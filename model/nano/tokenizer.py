@@ -1,16 +1,18 @@
-"""The tokenizer of a small checkpoint: a real byte-level BPE, trained on the text it is given.
+"""The tokenizer of a small checkpoint: a byte-level BPE, trained on text or of tokens it is told.
 
 Writes tokenizer.json and tokenizer_config.json, with a chat template that renders the released
 prompt. Not for real checkpoints, which bring their own.
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 BEGIN, END, IMAGE = "<beginning_of_sentence>", "<end_of_sentence>", "<image>"
+_SPECIALS = [BEGIN, END, IMAGE]
 
 CHAT_TEMPLATE = """\
 {%- set headers = {'system': 'system ai_setting=assistant', 'user': 'user name=user',
@@ -64,30 +66,82 @@ class TokenIds:
     wordless: tuple[int, ...]
 
 
-def write_tokenizer(
-    folder: Path, vocab_size: int, text: str = TRAINING_TEXT, *, phrases: bool = False
-) -> TokenIds:
-    """Train on `text` and write the files. The special tokens come last.
+@dataclass(frozen=True)
+class Tokens:
+    """Ids of what is more than a byte. characters: those of several bytes. phrases: are one token
+    wherever they stand, the longest if several begin there."""
 
-    `phrases`: a token may span words, so that a prompt known beforehand takes few of them.
+    characters: Mapping[str, int]
+    phrases: Mapping[str, int]
+
+
+def write_trained_tokenizer(folder: Path, vocab_size: int, text: str = TRAINING_TEXT) -> TokenIds:
+    """Train on `text` and write the files. The special tokens come last.
 
     Raises ValueError when `vocab_size` does not hold the 256 bytes and the special tokens.
     """
-    specials = [BEGIN, END, IMAGE]
-    if vocab_size < 256 + len(specials):
-        raise ValueError(f"vocab_size {vocab_size}; expected {256 + len(specials)} or more")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=not phrases
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(specials),
+        vocab_size=_without_specials(vocab_size),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(text.splitlines(), trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    return _write(tokenizer, folder, vocab_size)
+
+
+def write_told_tokenizer(folder: Path, vocab_size: int, tokens: Tokens) -> TokenIds:
+    """Bytes, characters, and phrases as added tokens: nothing else is ever merged, so any text has
+    one obvious tokenization. Ids that mean nothing are filled up; the special tokens come last.
+
+    Raises ValueError when an id is told twice, is a byte's, or is not below `vocab_size` less the
+    special tokens.
+    """
+    merges = [pair for character in tokens.characters for pair in _merges(character)]
+    named = [*tokens.phrases.items()]
+    named += [(_byte_level(character), id) for character, id in tokens.characters.items()]
+    texts = dict(enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())))
+    for text, id in named:
+        if id in texts or id >= _without_specials(vocab_size):
+            raise ValueError(f"id {id} of {text!r} is taken, or too large for {vocab_size} tokens")
+        texts[id] = text
+    known = set(texts.values())
+    unfinished = sorted({a + b for a, b in merges} - known)
+    for id in range(_without_specials(vocab_size)):
+        if id not in texts:
+            texts[id] = unfinished.pop() if unfinished else f"<unused_{id}>"
+    tokenizer = Tokenizer(models.BPE({text: id for id, text in texts.items()}, merges))
+    # Not split at words: a phrase is found anyway, and a character needs no word around it.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in tokens.phrases])
+    return _write(tokenizer, folder, vocab_size)
+
+
+def _without_specials(vocab_size: int) -> int:
+    most = vocab_size - len(_SPECIALS)
+    if most < 256:
+        raise ValueError(f"vocab_size {vocab_size}; expected {256 + len(_SPECIALS)} or more")
+    return most
+
+
+def _byte_level(character: str) -> str:
+    """The bytes of a character, as the vocabulary of a byte-level BPE writes them."""
+    [(text, _)] = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    ).pre_tokenize_str(character)
+    return text
+
+
+def _merges(character: str) -> Iterable[tuple[str, str]]:
+    """Its bytes, put together from the first to the last."""
+    text = _byte_level(character)
+    return ((text[:i], text[i]) for i in range(1, len(text)))
+
+
+def _write(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> TokenIds:
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIALS])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

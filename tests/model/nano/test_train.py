@@ -47,8 +47,8 @@ def curve(settings) -> list[dict]:
 
 
 def test_the_losses_fall_from_the_first_steps(settings, trained):
-    characters = [row["characters"] for row in curve(settings)]
-    assert characters[-1] < characters[0]
+    answer = [row["answer"] for row in curve(settings)]  # the hints depend on how full a page is
+    assert answer[-1] < answer[0]
 
 
 def test_a_sitting_goes_on_from_what_the_last_one_left(settings, trained):

@@ -1,0 +1,101 @@
+"""The small checkpoint's tokenizer: what is learnt is what a grammar would have it write."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+import jobs
+from model.engine.constraint import Constraints
+from model.nano.quality import FONTS, held_out_pages
+from model.nano.sizes import NANO, write_nano_configuration
+from model.nano.tasks import Answers, answers, prompts, schemas, tokens
+from model.nano.tokenizer import END, Tokens, write_told_tokenizer
+from model.tokenizer import Tokenizer as CheckpointTokenizer
+from schemas.extraction.schema import load_schema
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("configuration")
+    write_nano_configuration(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def known():
+    pages = held_out_pages(12, FONTS["training fonts"])
+    return [told for page in pages for told in answers(page.content).items()]
+
+
+def test_an_answer_has_one_tokenization(tokenizer, known):
+    answer = Answers(tokenizer)
+    for _, truth in known:
+        learnt = answer.encode(truth).token_ids.tolist()
+        assert learnt == tokenizer.encode(truth.text + END, add_special_tokens=False).ids
+        assert tokenizer.decode(learnt) == truth.text
+
+
+def test_a_grammar_allows_every_token_that_is_learnt(folder, tokenizer, known):
+    """Where it forces a key, it allows one token alone: another than the learnt one would leave the
+    model guessing on."""
+    checkpoint = CheckpointTokenizer.from_checkpoint(folder)
+    end = tokenizer.token_to_id(END)
+    constraints = Constraints(checkpoint.serialize(), NANO.vocab_size, [end], threads=1)
+    answer, asked, forced = Answers(tokenizer), set(), 0
+    for task, truth in known:
+        if task not in schemas():
+            continue
+        asked.add(task)
+        constraint = constraints.start(_grammar(task))
+        for token in answer.encode(truth).token_ids.tolist():
+            bits = np.unpackbits(
+                constraints.masks([constraint])[0].view(np.uint8), bitorder="little"
+            )
+            assert bits[token], (task, tokenizer.decode([token], skip_special_tokens=False))
+            forced += bits.sum() == 1
+            assert constraints.advance([constraint], [token]) == [True]
+    assert asked == set(schemas())
+    assert forced > 100
+
+
+def _grammar(task: str) -> str:
+    name = task.removeprefix("extract ")
+    file = Path(jobs.__path__[0]) / "schemas" / f"{name}.json"
+    return load_schema(file.read_text(encoding="utf-8")).json_schema
+
+
+def test_a_line_of_a_prompt_is_a_token(folder):
+    checkpoint = CheckpointTokenizer.from_checkpoint(folder)
+    for text in prompts().values():
+        template = checkpoint.prompt_template(text)
+        around = 5  # the end of the turn, the header of the answer, and three line breaks, less one
+        assert len(template.suffix_ids) == 2 * len(text.split("\n")) - 1 + around
+        assert len(template.prefix_ids) == 3
+
+
+def test_any_text_survives(folder, tokenizer):
+    text = "A boat, naïve 日本語 🚀\n\tand  two €uros • ß <unused_300> user name=user"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    checkpoint = CheckpointTokenizer.from_checkpoint(folder)
+    assert checkpoint.prompt_template(text).suffix_ids[:-5] == tuple(tokenizer.encode(text).ids)
+
+
+def test_ids_that_a_trained_checkpoint_knows_stay(tokenizer):
+    """Of bytes, characters, phrases and special tokens, one each."""
+    ids = {" ": 220, "a": 64, "€": 286, "ä": 272, ',"total":': 498, "<end_of_sentence>": 1022}
+    for text, id in ids.items():
+        assert tokenizer.encode(text).ids == [id]
+
+
+@pytest.mark.parametrize(("id", "said"), [(64, "taken"), (1021, "too large"), (272, "taken")])
+def test_an_id_is_told_once(tmp_path, id, said):
+    told = Tokens(tokens().characters, {"a phrase": id})
+    with pytest.raises(ValueError, match=said):
+        write_told_tokenizer(tmp_path, 1024, told)
