@@ -56,7 +56,7 @@ class EngineConfig:
     ahead: bool | None = None
     random_weights: bool = False
     threads: int | None = None
-    # A part of a layer takes a GPU 0.1 s at most, but the first one waits for Triton to compile it.
+    # A part of a layer takes a GPU 0.1 s at most, and while Triton compiles a kernel none counts.
     hang_seconds: int = 45
 
     def __post_init__(self) -> None:

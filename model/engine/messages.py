@@ -40,7 +40,7 @@ class AreYouThere:
 @dataclass(frozen=True)
 class Alive:
     """doing: in words. progress: changes as long as the rank comes on; None while that cannot be
-    seen: it starts, or loads its layers. waits: for another rank, or for work.
+    seen: it starts, loads its layers, or compiles a kernel. waits: for another rank, or for work.
     busy_seconds: how long it has computed since it was ready.
     """
 

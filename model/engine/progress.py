@@ -19,6 +19,7 @@ class Progress:
     def __init__(self) -> None:
         self._doing, self._waits = "starting", False
         self._steps = 0
+        self._compiles = False
         self._clock: BusyClock | None = None  # None until there is progress to be seen
 
     def follow(self, decoder: Decoder, device: torch.device) -> BusyClock:
@@ -32,6 +33,8 @@ class Progress:
             module.register_forward_hook(self._step)
         self._thread = time.pthread_getcpuclockid(threading.get_ident())
         self._clock = BusyClock(device)
+        if self._clock.on_cuda:
+            self._notice_compiling()
         return self._clock
 
     def at(self, doing: str, *, waits: bool = False) -> None:
@@ -43,12 +46,32 @@ class Progress:
         clock = self._clock
         if clock is None:
             return Alive(self._doing, None, waits=True, busy_seconds=0.0)
+        if self._compiles:
+            return Alive(f"compiling a kernel, {self._doing}", None, self._waits, clock.seconds)
         seconds, progress = clock.seconds, self._steps + clock.finished
         if not clock.on_cuda:
             progress += int(time.clock_gettime(self._thread) / _CPU_SECONDS)
         # The host may be done with what its device computes.
         waits = self._waits and not clock.device_computes
         return Alive(self._doing, progress, waits, seconds)
+
+    def _notice_compiling(self) -> None:
+        """The part of a layer that is the first to launch a kernel waits until it is compiled: a
+        second on an idle host, and far longer for several of them where all ranks do so at once.
+        """
+        try:
+            from triton import knobs  # pyright: ignore[reportMissingImports]
+        except ImportError:  # there are no kernels then
+            return
+
+        def begins(**_: Any) -> None:
+            self._compiles = True
+
+        def has_ended(**_: Any) -> None:
+            self._compiles = False
+
+        knobs.runtime.jit_cache_hook = begins
+        knobs.runtime.jit_post_compile_hook = has_ended
 
     def _step(self, *_: Any) -> None:
         self._steps += 1
