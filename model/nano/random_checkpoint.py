@@ -11,6 +11,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,20 +88,22 @@ def write_random_checkpoint(
     shards: int = 5,
     pinpoints: list[tuple[int, int]] | None = None,
     endless: bool = False,
+    threads: int = 1,
     **sizes: int,
 ) -> Path:
     """Write a checkpoint of the given NanoSizes into the folder `path`, and return the folder.
 
     Every 8th layer is softmax attention. Neighbouring tensors lie in different shards. Without
     `pinpoints` it gets the 28 released grids, in tiles of its own size. Tensors are drawn and
-    written a piece at a time, so memory stays at some 100 MB however large the checkpoint is.
+    written a piece at a time, so memory stays at some 100 MB for each of `threads`, which write
+    shards side by side, however large the checkpoint is.
     """
     folder = Path(path)
     token_ids = write_configuration(
         folder, NanoSizes(**sizes), pinpoints=pinpoints, dtype=dtype, endless=endless
     )
     draw = _Draw(seed, token_ids)
-    _write_shards(folder, checkpoint_tensors(load_config(folder)), shards, dtype, draw)
+    _write_shards(folder, checkpoint_tensors(load_config(folder)), shards, dtype, draw, threads)
     return folder
 
 
@@ -177,11 +180,15 @@ class _Draw:
 
 
 def _write_shards(
-    folder: Path, entries: list[TensorEntry], shards: int, dtype: str, draw: _Draw
+    folder: Path, entries: list[TensorEntry], shards: int, dtype: str, draw: _Draw, threads: int
 ) -> None:
     names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
-    for i, name in enumerate(names):
-        _write_shard(folder / name, entries[i::shards], dtype, draw)
+
+    def write(i: int) -> None:
+        _write_shard(folder / names[i], entries[i::shards], dtype, draw)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(write, range(shards)))  # raises what they raise
     total = sum(math.prod(e.shape) for e in entries) * getattr(torch, dtype).itemsize
     index = {
         "metadata": {"total_size": total},

@@ -30,7 +30,7 @@ def test_shards_hold_what_the_index_says_with_experts_spread_over_them(checkpoin
     assert index["metadata"]["total_size"] == total
 
 
-def test_weights_depend_on_the_seed_and_not_on_the_shards(tmp_path):
+def test_weights_depend_on_the_seed_and_not_on_the_shards_or_threads(tmp_path):
     def head(folder, **kwargs):
         path = write_tiny(tmp_path / folder, dtype="float32", **kwargs)
         shard = json.loads((path / INDEX).read_text())["weight_map"][
@@ -38,7 +38,7 @@ def test_weights_depend_on_the_seed_and_not_on_the_shards(tmp_path):
         ]
         return load_file(path / shard)["language_model.lm_head.weight"]
 
-    two, seven = head("two", shards=2), head("seven", shards=7)
+    two, seven = head("two", shards=2), head("seven", shards=7, threads=3)
     assert torch.equal(two, seven)
     assert not torch.equal(two, head("other", shards=2, seed=1))
 
