@@ -7,11 +7,14 @@ import torch
 from optimum.quanto import AbsmaxOptimizer, qint8
 from optimum.quanto.tensor.weights import WeightQBytesTensor
 
+from model.weights import quantization
 from model.weights.quantization import quantize
 
 
+@pytest.mark.parametrize("elements", [100, 7000, 1 << 17], ids=lambda n: f"{n} at a time")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_data_and_scale_are_quantos(dtype):
+def test_data_and_scale_are_quantos(dtype, elements, monkeypatch):
+    monkeypatch.setattr(quantization, "_CPU_ELEMENTS", elements)
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(300, 200, generator=generator) * 0.05).to(dtype)
     weight[7] *= 1000
