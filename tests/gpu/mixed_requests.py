@@ -24,7 +24,7 @@ KINDS = {
     "in circles": (7, Sampling(stop_repetition=True)),
     "held": (5, Sampling(temperature=1.0, json_schema=_HELD)),
 }
-_WITH_IMAGE = 0.15  # of the requests whose prompt has room for one
+_WITH_IMAGE = 0.3  # of the requests whose prompt has room for one
 _IMAGE_SIZES = ((640, 480), (300, 300), (1240, 1754), (1654, 2339), (2000, 500))
 
 
@@ -74,9 +74,10 @@ class Stream:
             dtype=np.int32,
         )
         ids += ids >= self._model.image_token_id  # any token but the image's
-        image = self._images[rng.integers(len(self._images))]
-        if rng.random() > _WITH_IMAGE or image.tokens + 2 > len(ids):
+        fitting = [image for image in self._images if image.tokens + 2 <= len(ids)]
+        if not fitting or rng.random() > _WITH_IMAGE:
             return Request(id, ids, sampling=sampling)
+        image = fitting[rng.integers(len(fitting))]
         start = int(rng.integers(1, len(ids) - image.tokens))
         ids[start : start + image.tokens] = self._model.image_token_id
         return Request(id, ids, image.tiles, image.size, sampling)
