@@ -47,9 +47,12 @@ def _waiting(place: Placement) -> str | None:
     """How many replicas have asked for GPUs and not got them, when too few are free."""
     waiting = groups_waiting() if place.hosts else _actors_waiting()
     free = [int(node.get("GPU", 0)) for node in available_resources_per_node().values()]
-    if not waiting or (sum(free) if place.hosts else max(free, default=0)) >= place.ranks:
+    anywhere = place.hosts and not place.hosts.patience
+    if not waiting or (sum(free) if anywhere else max(free, default=0)) >= place.ranks:
         return None
     scattered = ", but not on one node" if sum(free) >= place.ranks else ""
+    if scattered and place.hosts:
+        scattered += f"; taken all the same after {place.hosts.patience:.0f} s"
     return (
         f"waiting for GPUs: {waiting} of {place.replicas} replicas, {place.ranks} each;"
         f" free: {sum(free)}{scattered}"

@@ -13,6 +13,7 @@ from typing import Literal
 import ray
 import ray.data
 from ray._private import worker as ray_worker
+from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
 
 from model.engine.rank_host import GIVE_MEMORY_BACK
@@ -28,6 +29,8 @@ GPU_SEQUENCES = 128  # for feeding only: how many really fit is known once the m
 CPU_SEQUENCES = 16  # more would only be finished later
 READ_CPUS = 0.25  # reading waits for storage: four reads share a core
 RENDER_CPUS = 1.0  # rendering computes
+# Others may hold for days what a node lacks; ranks on several nodes lose little to the links.
+FOR_ONE_NODE_SECONDS = 120.0
 CALLS_PER_SEQUENCES = 4  # smaller batches are committed sooner, larger ones cost Ray less
 
 _GPU_KIND = "accelerator_type:"  # how Ray names what kind of GPU a node has
@@ -36,7 +39,7 @@ _GPU_KIND = "accelerator_type:"  # how Ray names what kind of GPU a node has
 @dataclass(frozen=True)
 class Placement:
     """What each stage takes. A replica is one actor; its ranks are processes under it, or under
-    RankHosts where no node has GPUs for all of them."""
+    RankHosts where no node has GPUs for all of them, or has them free."""
 
     device: Literal["cpu", "cuda"]
     ranks: int
@@ -151,7 +154,7 @@ def place(job: Job, renders: bool = False) -> Placement:
         replicas = _replicas_on_gpus(job, sum(gpus))
     else:
         replicas = len(cores) if job.replicas == "auto" else job.replicas
-    spans = on_gpu and sum(node // job.pp for node in gpus) < replicas
+    hosts = _rank_hosts(job.pp, replicas, gpus) if on_gpu else None
     max_sequences = job.max_sequences or (None if on_gpu else CPU_SEQUENCES)
     batch_rows = -(-(max_sequences or GPU_SEQUENCES) // CALLS_PER_SEQUENCES)
     prepare_workers = job.prepare_workers or _prepare_workers(on_gpu, sum(cores), replicas, renders)
@@ -160,8 +163,8 @@ def place(job: Job, renders: bool = False) -> Placement:
         device="cuda" if on_gpu else "cpu",
         ranks=job.pp,
         replicas=replicas,
-        gpus=job.pp if on_gpu and not spans else 0,
-        hosts=RankHosts(job.pp) if spans else None,
+        gpus=job.pp if on_gpu and not hosts else 0,
+        hosts=hosts,
         prepare_workers=prepare_workers,
         prepare_cpus=prepare_cpus,
         read_cpus=_read_cpus(sum(cores) - prepare_workers * prepare_cpus, renders),
@@ -208,6 +211,21 @@ def _replicas_on_gpus(job: Job, gpus: int) -> int:
             f" cluster has: {gpus}. {advice}"
         )
     return gpus // job.pp if job.replicas == "auto" else job.replicas
+
+
+def _rank_hosts(ranks: int, replicas: int, gpus: list[int]) -> RankHosts | None:
+    """gpus: of each node. None where every replica fits on one node, and could start there now; or
+    where there is one node only."""
+    if _replicas_on_one_node(ranks, gpus) < replicas:
+        return RankHosts(ranks)
+    free = [int(node.get("GPU", 0)) for node in available_resources_per_node().values()]
+    if _replicas_on_one_node(ranks, free) < replicas and max(gpus) < sum(gpus) and ranks > 1:
+        return RankHosts(ranks, FOR_ONE_NODE_SECONDS)
+    return None
+
+
+def _replicas_on_one_node(ranks: int, gpus: list[int]) -> int:
+    return sum(node // ranks for node in gpus)
 
 
 def _quieten_ray_data() -> None:

@@ -38,9 +38,13 @@ _ANSWER_SECONDS = 2.0  # for an actor that has only to say what it knows
 
 @dataclass(frozen=True)
 class RankHosts:
-    """Takes GPUs for the ranks of one replica; made anywhere, called in the replica's actor."""
+    """Takes GPUs for the ranks of one replica; made anywhere, called in the replica's actor.
+
+    patience: seconds to wait for those of a single node, before they are taken wherever they are.
+    """
 
     ranks: int
+    patience: float = 0.0
 
     def __call__(self) -> Hosts:
         """On as few nodes as have the GPUs free, those of one node in a row. Waits for them.
@@ -50,7 +54,7 @@ class RankHosts:
         Raises EngineError when a host does not start.
         """
         here, address = ray.get_runtime_context().get_node_id(), get_node_ip_address()
-        group = _group(self.ranks)
+        group = _group(self.ranks, self.patience)
         nodes = placement_group_table(group)["bundles_to_node_id"]
         # Rank 0, which takes the images, is on this node if any is.
         bundles = sorted(nodes, key=lambda bundle: (nodes[bundle] != here, nodes[bundle], bundle))
@@ -168,7 +172,7 @@ def _actor(group: PlacementGroup, bundle: int) -> ActorHandle:
     return actor.options(num_cpus=0, num_gpus=1, scheduling_strategy=where).remote()
 
 
-def _group(ranks: int) -> PlacementGroup:
+def _group(ranks: int, patience: float) -> PlacementGroup:
     """The one of this actor, with a GPU in each bundle. Waits until they are there."""
     name = f"{_prefix()}{ray.get_runtime_context().get_actor_id()}"
     try:
@@ -178,8 +182,14 @@ def _group(ranks: int) -> PlacementGroup:
         remove_placement_group(group)
     except ValueError:  # there is none
         pass
+    bundles = [{"GPU": 1.0}] * ranks
+    if patience:
+        group = placement_group(bundles, strategy="STRICT_PACK", name=name)
+        if group.wait(patience):
+            return group
+        remove_placement_group(group)
     # Ray fills the node with the most free GPUs first.
-    group = placement_group([{"GPU": 1.0}] * ranks, strategy="PACK", name=name)
+    group = placement_group(bundles, strategy="PACK", name=name)
     while not group.wait(60):
         logger.warning("still waiting for %d GPUs", ranks)
     return group

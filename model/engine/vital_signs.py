@@ -8,8 +8,7 @@ slow is not hanging: on a CPU one layer may take minutes. So what counts is
   every decode step, where that is replayed as a whole) and with every microbatch that the device
   has finished. On CPU it grows also with the CPU time of the thread that works: what computes uses
   it, however slowly, and what waits for ever does not. (On CUDA that would say nothing: a host that
-  waits for its GPU spins.) While Triton compiles a kernel
-  it cannot be seen, and so nothing counts.
+  waits for its GPU spins.) While Triton compiles a kernel it cannot be seen, and nothing counts.
 A rank that waits for another, or for work, is excused as long as any rank comes on.
 """
 

@@ -84,6 +84,19 @@ def test_a_replica_that_spans_nodes_waits_for_any_gpus(cluster):
     assert gpus._waiting(spanning) is None
 
 
+def test_a_replica_says_how_long_it_waits_for_the_gpus_of_one_node(cluster):
+    cluster([2, 2], groups=1)
+    patient = place(gpus=0, hosts=RankHosts(4, 120.0))
+    assert gpus._waiting(patient) == (
+        "waiting for GPUs: 1 of 2 replicas, 4 each; free: 4, but not on one node; taken all the"
+        " same after 120 s"
+    )
+    cluster([2, 1], groups=1)
+    assert gpus._waiting(patient) == "waiting for GPUs: 1 of 2 replicas, 4 each; free: 3"
+    cluster([4, 0], groups=1)
+    assert gpus._waiting(patient) is None
+
+
 def test_what_was_waited_for_is_taken_back_when_it_is_there(cluster, monkeypatch):
     monkeypatch.setattr(gpus, "LOOK_SECONDS", 0.001)
     said: list[str | None] = []

@@ -19,7 +19,11 @@ def job(**keys) -> Job:
 def cluster(monkeypatch):
     """Pretends that Ray has joined a cluster of nodes with these resources."""
 
-    def pretend(*nodes: dict[str, float]) -> None:
+    def pretend(*nodes: dict[str, float], free: list[int] | None = None) -> None:
+        """free: GPUs of each node; all, if nobody holds any."""
+        left = [node.get("GPU", 0) for node in nodes] if free is None else free
+        resources = {str(number): {"GPU": gpus} for number, gpus in enumerate(left)}
+        monkeypatch.setattr(placement, "available_resources_per_node", lambda: resources)
         monkeypatch.setattr(
             ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes]
         )
@@ -42,6 +46,26 @@ def test_a_replica_spans_nodes_only_where_too_few_of_them_have_gpus_for_all_its_
     assert (placed.gpus, placed.hosts) == (4, None)
     placed = place(job(pp=4, replicas=3))
     assert (placed.gpus, placed.hosts) == (0, RankHosts(4))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "free", "pp", "spans"),
+    [
+        ([4, 4], [2, 2], 4, True),
+        ([4, 4], [0, 0], 4, True),  # which come first, nobody knows
+        ([4, 4], [0, 4], 4, False),
+        ([4, 4], [3, 3], 2, False),
+        ([4, 4], [0, 0], 1, False),
+        ([8], [2], 4, False),  # there is nowhere else
+    ],
+)
+def test_gpus_that_others_leave_on_several_nodes_are_taken_after_a_while(
+    cluster, nodes, free, pp, spans
+):
+    cluster(*({"CPU": 8, "GPU": gpus} for gpus in nodes), free=free)
+    placed = place(job(pp=pp))
+    expected = (0, RankHosts(pp, placement.FOR_ONE_NODE_SECONDS)) if spans else (pp, None)
+    assert (placed.gpus, placed.hosts) == expected
 
 
 @pytest.mark.parametrize(
