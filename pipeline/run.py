@@ -89,7 +89,7 @@ def work(
         stop.listen()
         book = CanaryBook(committer.ledger)
         prompt_tokens = tally.foretold.mean_prompt_tokens if tally.foretold else 0.0
-        placement = place(job, has_documents(pending))
+        placement = place(job, has_documents(pending, tally.foretold))
         flow = Flow(job, model, read, placement, book.shared(), prompt_tokens)
         tally.hardware = flow.place.hardware()
         tally.metrics = RunMetrics(job.output)
@@ -130,14 +130,18 @@ def _foretold(
         return None
 
 
-def has_documents(units: pa.Table) -> bool:
-    """Whether reading the units, in the PLAN schema, takes rendering pages."""
-    kinds = units["kind"].unique().to_pylist()
-    if UnitKind.LIST not in kinds:
-        return UnitKind.DOCUMENTS in kinds
-    names = units["names"].combine_chunks().flatten()
+def has_documents(units: pa.Table, foretold: Foretold | None) -> bool:
+    """Whether reading the units, in the PLAN schema, takes rendering pages. A look into some of
+    them told so, or names do: of files, of addresses, of the members of tars to do again."""
+    if foretold and foretold.pages:
+        return True
+    if UnitKind.DOCUMENTS.value in units["kind"].unique().to_pylist():
+        return True
+    kinds = pa.array([UnitKind.LIST, UnitKind.TAR])
+    named = units.filter(pc.is_in(units["kind"], kinds))  # pyright: ignore
+    names = named["names"].combine_chunks().flatten()
     found = pc.match_substring_regex(names, r"(?i)\.(pdf|tiff?)($|[?#])")  # pyright: ignore
-    return found.true_count > 0
+    return bool(found.true_count)
 
 
 @dataclass(frozen=True)

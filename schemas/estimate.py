@@ -25,7 +25,7 @@ class RowsEstimate:
     """The rows of one kind of unit that are still to do.
 
     rows_known: counted, not estimated from a sample. headers: of how many the header was read.
-    failed: have no usable image, as far as headers tell.
+    failed: have no usable image, as far as headers tell. pages: some of them are of documents.
     """
 
     units: int
@@ -33,6 +33,7 @@ class RowsEstimate:
     rows_known: bool
     headers: int
     failed: int
+    pages: bool
 
 
 @dataclass(frozen=True)

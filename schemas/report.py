@@ -56,7 +56,8 @@ class Foretold:
     """What a plan made right before a run said of it. failed: rows without a usable image.
 
     seconds: None where no speed was known; speed: where it came from. exact: every header was
-    read. rank_busy: the most that each rank of a replica can be, see RankEstimate.
+    read. rank_busy: the most that each rank of a replica can be, see RankEstimate. pages: there are
+    documents, as files or within any.
     """
 
     rows: int
@@ -68,6 +69,7 @@ class Foretold:
     gpu_hours: float | None = None
     speed: str | None = None
     rank_busy: tuple[float, ...] = ()
+    pages: bool = False
 
     @property
     def mean_prompt_tokens(self) -> float:

@@ -67,6 +67,7 @@ def foretold(job: Job, model: Model, source: Source, ledger: Ledger, pending: pa
         gpu_hours=told.time and told.time.gpu_hours,
         speed=told.throughput and told.throughput.origin,
         rank_busy=tuple(rank.busy for rank in told.ranks if rank.busy is not None),
+        pages=any(kind.pages for kind in told.rows.values()),
     )
 
 
@@ -174,6 +175,7 @@ def _rows(kind: Survey) -> RowsEstimate:
         rows_known=kind.rows_known,
         headers=len(kind.seen),
         failed=round(sum(weight for what, weight in kind.seen if isinstance(what, Reason))),
+        pages=kind.pages,
     )
 
 

@@ -6,7 +6,7 @@ Of documents it asks a renderer, which renders nothing for it.
 import io
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import IO, Any
 
@@ -36,12 +36,13 @@ class Cluster:
     """What was seen of rows that lie together.
 
     rows: how many there are; estimated unless `counted`. seen: of some or all of them, the layout
-    of the image, or the reason why the row will fail.
+    of the image, or the reason why the row will fail. pages: they are those of a document.
     """
 
     rows: float
     counted: bool
     seen: list[Layout | Reason]
+    pages: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class HeaderReader:
         seen = [self._page(renderer, number) for number in numbers]
         if broken:
             seen.append(Reason.SOURCE_DAMAGED)
-        return Cluster(pages + bool(broken), True, seen)
+        return Cluster(pages + bool(broken), True, seen, pages=True)
 
     def _fetched(
         self, member: str, fetched: Fetched, most_rows: int, renderer: Renderer
@@ -216,7 +217,7 @@ def _one(what: Layout | Reason | None) -> Cluster:
 
 def _scaled(clusters: list[Cluster], factor: float) -> list[Cluster]:
     """They stand for more than themselves."""
-    return [Cluster(cluster.rows * factor, False, cluster.seen) for cluster in clusters]
+    return [replace(each, rows=each.rows * factor, counted=False) for each in clusters]
 
 
 class _Start:

@@ -68,13 +68,15 @@ class Kind:
 
 @dataclass(frozen=True)
 class Survey:
-    """The rows of one kind: how many, which were seen, and whether that is all of them."""
+    """The rows of one kind: how many, which were seen, whether that is all of them, and whether
+    any of them are pages of documents."""
 
     units: int
     rows: float
     rows_known: bool
     seen: list[Seen]
     whole: bool
+    pages: bool
 
 
 def survey(units: Iterable[Unit], headers: HeaderReader) -> dict[UnitKind, Survey]:
@@ -121,7 +123,8 @@ def _survey(name: UnitKind, kind: Kind, headers: HeaderReader) -> Survey:
     rows = counted if all_kept else counted / planned * kind.rows
     seen = list(_weigh(clusters, rows / counted))
     whole = all_kept and all(len(cluster.seen) == cluster.rows for cluster in clusters)
-    return Survey(kind.units, rows, rows_known, seen, whole)
+    pages = any(cluster.pages for cluster in clusters)
+    return Survey(kind.units, rows, rows_known, seen, whole, pages)
 
 
 def _weigh(clusters: list[Cluster], scale: float) -> Iterator[Seen]:

@@ -178,6 +178,7 @@ def test_pages_of_documents_inside_of_files_are_counted_and_measured(tmp_path, j
     assert told.rows["tar"].rows == 3 + 1 + 1 + 2 + 1 + 1 + 1
     assert told.rows["parquet"].rows == 3 + 1 + 1 + 2 + 1 + 1 + 1
     check_against_a_run(told, job)
+    assert [kind.pages for kind in told.rows.values()] == [True, True]
     write_parquet(folder / "y.parquet", [documents[0], documents[1]] * 40, group_rows=2)
     monkeypatch.setattr(sample, "HEADERS", 16)
     monkeypatch.setattr(sample, "_PLACES", dict.fromkeys(UnitKind, 4))

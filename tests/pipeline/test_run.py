@@ -1,0 +1,63 @@
+"""CPUs are kept for rendering wherever there are pages to render, and nowhere else."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from model.nano.random_checkpoint import write_random_checkpoint
+from pipeline.estimate.estimate import foretold
+from pipeline.ledger import Ledger
+from pipeline.model import model_revision, open_model
+from pipeline.plan import Plan, plan_table
+from pipeline.run import has_documents
+from pipeline.sources import open_source
+from schemas.ledger import Unit, UnitKind
+from tests.documents import pdf, tiff
+from tests.images import good_images, page
+from tests.pipeline.fake_run import job_of
+from tests.sources import write_folder, write_parquet, write_tar
+
+IMAGES = [*good_images(4), ("a.tif", tiff([page(0, (300, 200))]))]
+DOCUMENTS = [*good_images(2), ("a.pdf", pdf(["x"] * 2))]
+PAGES = [("a.tif", tiff([page(0, (300, 200)), page(1, (40, 900))]))]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint"), tile=56)
+
+
+@pytest.mark.parametrize(
+    ("content", "renders"), [(IMAGES, False), (DOCUMENTS, True), (PAGES, True)]
+)
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_documents_inside_of_files_are_noticed(tmp_path, checkpoint, kind, content, renders):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    write = {"tar": write_tar, "parquet": write_parquet}[kind]
+    write(source / f"x.{kind}", content)
+    job = job_of(source, output).model_copy(update={"model": str(checkpoint)})
+    found, ledger = open_source(job.source), Ledger(job.output)
+    ledger.prepare()
+    ledger.create(job, job.fingerprint(model_revision(job)), Plan.of(job, found), "run")
+    units = pa.concat_tables(ledger.pending())
+    told = foretold(job, open_model(job), found, ledger, units)
+    assert has_documents(units, told) is renders
+    assert not has_documents(units, None)
+
+
+def names_of(kind: UnitKind, *names: str) -> pa.Table:
+    return plan_table([Unit(0, UnitKind.IMAGES, ("b.jpg",), 0, 1), Unit(1, kind, names)])
+
+
+def test_names_tell_of_documents_where_nothing_is_looked_into(tmp_path):
+    write_folder(tmp_path, [("a.PDF", pdf(["x"]))])
+    files = Plan(open_source(str(tmp_path)), unit_rows=4).units()
+    assert has_documents(plan_table(list(files)), None)
+    lists, tar = UnitKind.LIST, UnitKind.TAR
+    assert has_documents(names_of(lists, "urls.txt", "http://a/b.jpg", "http://a/b.pdf?x"), None)
+    assert has_documents(names_of(tar, "x.tar", "a.jpg", "a.tiff"), None)
+    assert not has_documents(names_of(lists, "urls.txt", "http://a/b.jpg"), None)
+    assert not has_documents(names_of(tar, "x.tar", "a.jpg"), None)
+    assert not has_documents(names_of(UnitKind.IMAGES, "a.jpg"), None)
