@@ -29,7 +29,7 @@ from schemas.errors import VL01Error
 from tests.gpu.mixed_load import Load, Trend, gpu_bytes, rank_of
 from tests.gpu.mixed_requests import Books, Lengths, Stream
 
-PROBES = ("greedy", "greedy", "greedy", "sampled", "top-p", "in circles", "held", "greedy")
+PROBES = ("greedy", "greedy", "sampled", "top-p", "in circles", "held") * 3
 PROBE_NEW = Lengths(64, 64)
 # Of the GPU, idle after against idle before. The graphs of decode steps stay: some megabytes each.
 MOST_ALLOCATED = 256 << 20
