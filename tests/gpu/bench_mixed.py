@@ -46,7 +46,11 @@ class Outcome:
 
 def measure(engine: Engine, model: VL01Config, given: argparse.Namespace) -> Outcome:
     prompt = Lengths(*given.prompt)
-    first = probe(engine, Stream(model, prompt, PROBE_NEW, given.seed + 1))
+
+    def probes() -> Stream:
+        return Stream(model, prompt, PROBE_NEW, given.seed + 1, images=0.8)
+
+    first = probe(engine, probes())
     idle, _ = gpu_bytes()
     print(f"{engine.capacity}; {len(first)} requests answered alone", flush=True)
     stream = Stream(model, prompt, Lengths(*given.new), given.seed)
@@ -57,7 +61,7 @@ def measure(engine: Engine, model: VL01Config, given: argparse.Namespace) -> Out
     if engine._chunk_tokens < given.chunk_tokens:
         wrong.append(f"out of memory: went on in microbatches of {engine._chunk_tokens} tokens")
     if not engine.unfinished:
-        again = probe(engine, Stream(model, prompt, PROBE_NEW, given.seed + 1))
+        again = probe(engine, probes())
         changed = [id for id in first if first[id] != again.get(id)]
         wrong += [f"{id} got other tokens at the end than at the beginning" for id in changed]
     grown = gpu_bytes()[0] - idle

@@ -24,7 +24,6 @@ KINDS = {
     "in circles": (7, Sampling(stop_repetition=True)),
     "held": (5, Sampling(temperature=1.0, json_schema=_HELD)),
 }
-_WITH_IMAGE = 0.3  # of the requests whose prompt has room for one
 _IMAGE_SIZES = ((640, 480), (300, 300), (1240, 1754), (1654, 2339), (2000, 500))
 
 
@@ -50,11 +49,17 @@ class _Image:
 
 
 class Stream:
-    """`next` makes one request after the other, the same ones for a seed and the same calls."""
+    """`next` makes one request after the other, the same ones for a seed and the same calls.
 
-    def __init__(self, model: VL01Config, prompt: Lengths, new: Lengths, seed: int) -> None:
+    images: the share of requests with one, of those whose prompt has room for it.
+    """
+
+    def __init__(
+        self, model: VL01Config, prompt: Lengths, new: Lengths, seed: int, images: float = 0.3
+    ) -> None:
         self._model, self._prompt, self._new = model, prompt, new
         self._rng = np.random.default_rng(seed)
+        self._with_image = images
         self._images = [_image(model, size, self._rng) for size in _IMAGE_SIZES]
         self._names = list(KINDS)
         shares = np.array([share for share, _ in KINDS.values()])
@@ -75,7 +80,7 @@ class Stream:
         )
         ids += ids >= self._model.image_token_id  # any token but the image's
         fitting = [image for image in self._images if image.tokens + 2 <= len(ids)]
-        if not fitting or rng.random() > _WITH_IMAGE:
+        if not fitting or rng.random() > self._with_image:
             return Request(id, ids, sampling=sampling)
         image = fitting[rng.integers(len(fitting))]
         start = int(rng.integers(1, len(ids) - image.tokens))
