@@ -93,6 +93,25 @@ class VL01Config:
     image_std: tuple[float, ...]
 
 
+def check_tokenizer_files(folder: Folder) -> None:
+    """That there are a tokenizer and a chat template, as far as the names of files tell. Raises
+    CheckpointError."""
+    files = folder.files()
+    if "tokenizer.json" not in files:
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json; copy it there from where the checkpoint is from."
+        )
+    if not files.keys() & {"tokenizer_config.json", "chat_template.jinja"}:
+        raise no_chat_template(folder)
+
+
+def no_chat_template(folder: Folder) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} has no chat template; expected `chat_template` in tokenizer_config.json or a"
+        " file chat_template.jinja."
+    )
+
+
 def load_config(checkpoint: Checkpoint) -> VL01Config:
     """Read config.json, preprocessor_config.json and generation_config.json of a checkpoint.
 

@@ -9,7 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from model.config import TOKENIZER_FILES, load_config
+from model.config import (
+    TOKENIZER_FILES,
+    check_tokenizer_files,
+    load_config,
+    no_chat_template,
+)
 from model.files import Checkpoint, Folder
 from model.inputs.prompt import PromptTemplate
 from schemas.errors import CheckpointError, ConfigError, VL01Error
@@ -35,10 +40,7 @@ class Tokenizer:
         """
         path = Folder.at(checkpoint)
         image_token_id = load_config(path).image_token_id
-        if not path.exists("tokenizer.json"):
-            raise CheckpointError(
-                f"{path} has no tokenizer.json; copy it there from where the checkpoint is from."
-            )
+        check_tokenizer_files(path)
         try:
             with path.local_copy(TOKENIZER_FILES) as local:
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(local, local_files_only=True)
@@ -47,10 +49,7 @@ class Tokenizer:
         except Exception as error:  # the tokenizers library raises bare Exception
             raise CheckpointError(f"{path}: its tokenizer does not load: {error}") from error
         if not isinstance(tokenizer.chat_template, str):
-            raise CheckpointError(
-                f"{path} has no chat template; expected `chat_template` in tokenizer_config.json "
-                "or a file chat_template.jinja."
-            )
+            raise no_chat_template(path)
         return cls(tokenizer, image_token_id, path)
 
     def prompt_template(self, text: str, system: str | None = None) -> PromptTemplate:

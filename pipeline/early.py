@@ -5,8 +5,9 @@ Whatever is checked here, a run checks again; so it may be left out, and it may 
 
 from typing import Any
 
-from model.config import load_config
+from model.config import check_tokenizer_files, load_config
 from model.files import Folder, lacks_credentials, storage_error
+from model.weights.index import check_shards
 from pipeline.ledger import Ledger
 from pipeline.sources import open_source
 from schemas.errors import ConfigError, EngineError
@@ -14,13 +15,17 @@ from schemas.job import Job
 
 
 def check(job: Job) -> None:
-    """SOURCE is there, OUT can be written, --model looks like one. Raises ConfigError."""
+    """SOURCE is there, OUT can be written, --model looks like one and lacks no file. Raises
+    ConfigError."""
     open_source(job.source, job.endpoint_url)
     Ledger(job.output, job.endpoint_url).check()
     folder = Folder(job.model, job.endpoint_url)
     _refuse_without_credentials(folder)
     try:
         config = load_config(folder)
+        if not job.random_weights:
+            check_shards(folder)
+        check_tokenizer_files(folder)
     except EngineError as error:  # the storage is out of reach
         raise ConfigError(str(error)) from error
     if job.pp > config.text.num_layers:

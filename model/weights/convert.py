@@ -21,11 +21,12 @@ import torch
 
 from model.files import UNFINISHED, Folder
 from model.weights.checkpoint import check_checkpoint
+from model.weights.index import INDEX, QuantizeRecord
 from model.weights.names import checkpoint_tensors
 from model.weights.reader import ShardReader
 from model.weights.revision import checkpoint_revision, tensors_digest
 from model.weights.shard_writer import Planned, ShardPlan, write_shard
-from model.weights.shards import INDEX, PIECE_BYTES, QuantizeRecord, read_index, stored_tensors
+from model.weights.shards import PIECE_BYTES, read_index, stored_tensors
 from schemas.errors import CheckpointError, ConfigError, StoppedError, VL01Error
 
 MOST_SHARD_BYTES = 5_000_000_000

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: which tensors they hold and where, and what the index says of them.
+"""The files of a checkpoint: which tensors they hold and where, as the index says or otherwise.
 
 Reads safetensors directly (https://github.com/huggingface/safetensors#format): a mapped file
 would count as memory, and its tensors are not aligned. Knows nothing of the network.
@@ -13,10 +13,15 @@ from typing import Any
 import torch
 
 from model.files import Checkpoint, Folder
+from model.weights.index import (
+    INDEX,
+    SINGLE,
+    Index,
+    QuantizeRecord,
+    files_of_shards,
+    stored_index,
+)
 from schemas.errors import CheckpointError
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 # Tensors are read, quantized and checked a piece at a time: as many whole rows as this holds. With
 # the fp32 copies that quantizing makes, a load needs some 150 MB beside the weights themselves.
@@ -65,44 +70,12 @@ def piece_rows(row_bytes: int) -> int:
     return max(1, PIECE_BYTES // row_bytes)
 
 
-@dataclass(frozen=True)
-class QuantizeRecord:
-    """What `vl01 quantize` writes into the index, under "vl01" in its metadata.
-
-    source_tensors: the digest of the tensors that were quantized, as `revision.py` makes it.
-    piece_bytes: PIECE_BYTES of the program that wrote it. digests: of each tensor's pieces.
-    """
-
-    source_tensors: str
-    piece_bytes: int
-    digests: dict[str, list[str]]
-
-
-@dataclass(frozen=True)
-class Index:
-    """shards: tensor name to file name. record: where `vl01 quantize` wrote the checkpoint."""
-
-    shards: dict[str, str]
-    record: QuantizeRecord | None = None
-
-
 def read_index(folder: Folder) -> Index:
     """A checkpoint of one file needs none. Raises CheckpointError."""
-    try:
-        content = folder.read(INDEX)
-    except FileNotFoundError:
-        if folder.exists(SINGLE):
-            size = folder.files()[SINGLE].size
-            return Index({tensor.name: SINGLE for tensor in _read_header(folder, SINGLE, size)})
-        raise CheckpointError(
-            f"{folder} has no {INDEX}. Expected the folder of a MiniMax-VL-01 checkpoint."
-        ) from None
-    try:
-        index = json.loads(content)
-        record = (index.get("metadata") or {}).get("vl01")
-        return Index(dict(index["weight_map"]), QuantizeRecord(**record) if record else None)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder.describe(INDEX)} is no index: {error!r}") from error
+    if index := stored_index(folder):
+        return index
+    size = folder.files()[SINGLE].size
+    return Index({tensor.name: SINGLE for tensor in _read_header(folder, SINGLE, size)})
 
 
 def stored_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
@@ -114,7 +87,7 @@ def stored_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     folder = Folder.at(checkpoint)
     index = read_index(folder)
     found: dict[str, StoredTensor] = {}
-    for tensor in _read_headers(folder, sorted(set(index.shards.values()))):
+    for tensor in _read_headers(folder, index):
         if tensor.name in found:
             raise CheckpointError(
                 f"{folder}: {found[tensor.name].shard} and {tensor.shard} both hold {tensor.name}."
@@ -139,15 +112,10 @@ def _with_digests(
     }
 
 
-def _read_headers(folder: Folder, shards: list[str]) -> list[StoredTensor]:
-    files = folder.files()
-    if missing := [shard for shard in shards if shard not in files]:
-        raise CheckpointError(
-            f"{folder.describe(missing[0])} is missing, {len(missing)} of {len(shards)} shards in"
-            " all; the index lists tensors in them. Copy them there."
-        )
+def _read_headers(folder: Folder, index: Index) -> list[StoredTensor]:
+    files = files_of_shards(folder, index.shards.values())
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        tensors = pool.map(lambda shard: _read_header(folder, shard, files[shard].size), shards)
+        tensors = pool.map(lambda shard: _read_header(folder, shard, files[shard].size), files)
         return [tensor for of_shard in tensors for tensor in of_shard]
 
 

@@ -1,5 +1,6 @@
 """The commonest mistakes are told at once: before torch and Ray are imported, with what to do."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,27 @@ def test_a_mistake_is_told_with_what_was_expected(job, tmp_path, wrong, says):
     }
     with pytest.raises(ConfigError, match=says):
         check(job.model_copy(update=filled))
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("model-00002-of-00005.safetensors", "model-00002.* is missing, 1 of 5 shards in all"),
+        ("model.safetensors.index.json", "has no model.safetensors.index.json. Expected"),
+        ("tokenizer.json", "has no tokenizer.json; copy it there"),
+        ("tokenizer_config.json", "has no chat template; expected `chat_template` in"),
+        ("preprocessor_config.json", "has no preprocessor_config.json"),
+    ],
+)
+def test_a_file_that_the_model_lacks_is_told(job, tmp_path, missing, says):
+    model = tmp_path / "model"
+    shutil.copytree(job.model, model)
+    (model / missing).unlink()
+    job = job.model_copy(update={"model": str(model)})
+    with pytest.raises(ConfigError, match=says):
+        check(job)
+    if "safetensors" in missing:
+        check(job.model_copy(update={"random_weights": True}))
 
 
 class NoCredentialsError(Exception):

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from model.config import load_config
 from model.nano.random_checkpoint import released_pinpoints
+from model.weights.index import INDEX
 from model.weights.names import checkpoint_tensors
-from model.weights.shards import INDEX
 from tests.model.conftest import write_tiny
 
 

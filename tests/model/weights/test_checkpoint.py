@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.weights.checkpoint import check_checkpoint, load_decoder
+from model.weights.index import INDEX
 from model.weights.names import checkpoint_tensors
 from model.weights.quantization import quantize
 from model.weights.reader import ShardReader
 from model.weights.revision import checkpoint_revision
-from model.weights.shards import INDEX
 from schemas.errors import CheckpointError
 from tests.model.conftest import write_tiny
 

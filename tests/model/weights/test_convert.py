@@ -14,8 +14,8 @@ from model.files import UNFINISHED, Folder
 from model.weights import convert
 from model.weights.checkpoint import check_checkpoint, load_decoder
 from model.weights.convert import Quantizer
+from model.weights.index import INDEX
 from model.weights.revision import checkpoint_revision
-from model.weights.shards import INDEX
 from schemas.errors import CheckpointError, ConfigError, StoppedError
 from tests.model.conftest import write_tiny
 from tests.model.engine.conftest import text_request
