@@ -215,11 +215,13 @@ def _replicas_on_gpus(job: Job, gpus: int) -> int:
 
 def _rank_hosts(ranks: int, replicas: int, gpus: list[int]) -> RankHosts | None:
     """gpus: of each node. None where every replica fits on one node, and could start there now; or
-    where there is one node only."""
+    where it could be nowhere else."""
     if _replicas_on_one_node(ranks, gpus) < replicas:
         return RankHosts(ranks)
+    if ranks == 1 or max(gpus) == sum(gpus):
+        return None
     free = [int(node.get("GPU", 0)) for node in available_resources_per_node().values()]
-    if _replicas_on_one_node(ranks, free) < replicas and max(gpus) < sum(gpus) and ranks > 1:
+    if _replicas_on_one_node(ranks, free) < replicas:
         return RankHosts(ranks, FOR_ONE_NODE_SECONDS)
     return None
 
