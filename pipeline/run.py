@@ -25,6 +25,7 @@ from pipeline.commit import Committer
 from pipeline.documents import write_documents
 from pipeline.estimate.estimate import foretold
 from pipeline.estimate.gpus import mean_tokens
+from pipeline.estimate.lists import foretold_of_lists
 from pipeline.generate import Generate, GenerateSettings
 from pipeline.gpus import gpus_of
 from pipeline.lease import Lease
@@ -119,12 +120,11 @@ def plan_or_resume(job: Job, source: Source, ledger: Ledger, lease: Lease) -> Gr
 def _foretold(
     job: Job, model: Model, source: Source, ledger: Ledger, pending: pa.Table, progress: Progress
 ) -> Foretold | None:
-    """What a plan says of this run, for the report; it may cost the run nothing but a few seconds.
-    None where it would fetch addresses, which are asked once only."""
-    if UnitKind.LIST.value in pending["kind"].unique().to_pylist():
-        return None
-    progress.phase = "reading headers, to foretell the run"
+    """What a plan says of this run, for the report; it may cost nothing but a few seconds."""
     try:
+        if UnitKind.LIST.value in pending["kind"].unique().to_pylist():
+            return foretold_of_lists(job, model, ledger, pending)
+        progress.phase = "reading headers, to foretell the run"
         return foretold(job, model, source, ledger, pending)
     except Exception:  # whatever it is, the run itself will meet it and say so
         return None

@@ -56,8 +56,9 @@ class Foretold:
     """What a plan made right before a run said of it. failed: rows without a usable image.
 
     seconds: None where no speed was known; speed: where it came from. exact: every header was
-    read. rank_busy: the most that each rank of a replica can be, see RankEstimate. pages: there are
-    documents, as files or within any.
+    read. looked: some were; else rows are taken to be like those of an earlier run, and if there is
+    none all but their number is 0. rank_busy: the most that each rank of a replica can be, see
+    RankEstimate. pages: there are documents, as files or within any.
     """
 
     rows: int
@@ -70,6 +71,12 @@ class Foretold:
     speed: str | None = None
     rank_busy: tuple[float, ...] = ()
     pages: bool = False
+    looked: bool = True
+
+    @property
+    def knows_rows(self) -> bool:
+        """More than how many they are."""
+        return self.looked or self.prompt_tokens > 0
 
     @property
     def mean_prompt_tokens(self) -> float:

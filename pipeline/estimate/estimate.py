@@ -66,9 +66,15 @@ def foretold(job: Job, model: Model, source: Source, ledger: Ledger, pending: pa
         seconds=told.time and told.time.seconds,
         gpu_hours=told.time and told.time.gpu_hours,
         speed=told.throughput and told.throughput.origin,
-        rank_busy=tuple(rank.busy for rank in told.ranks if rank.busy is not None),
+        rank_busy=ranks_busy(job, model),
         pages=any(kind.pages for kind in told.rows.values()),
     )
+
+
+def ranks_busy(job: Job, model: Model) -> tuple[float, ...]:
+    """The most that each rank can be busy; empty on CPU."""
+    ranks = rank_estimates(model.config, engine_config(job))
+    return tuple(rank.busy for rank in ranks if rank.busy is not None)
 
 
 def foretell(

@@ -12,7 +12,7 @@ from pipeline.progress import clock
 from pipeline.report.charts import NARROW, WIDE, histogram, short_number, throughput
 from pipeline.report.contact_sheet import Cell
 from pipeline.report.sample import RANDOM
-from schemas.report import Cost, Report, RunFigures
+from schemas.report import Cost, Foretold, Report, RunFigures
 from schemas.rows import Status
 
 # Names on the page, and what their numbers are rounded to.
@@ -54,11 +54,17 @@ def compared(run: RunFigures, cost: Cost | None) -> list[tuple[str, str, str]]:
     """(what, as it was foretold, as it was) of a run."""
     told = run.foretold
     assert told
+    of_rows = [
+        ("Failed", told.failed, run.failed),
+        ("Tiles", told.tiles, run.tiles),
+        ("Prompt tokens", told.prompt_tokens, run.prompt_tokens),
+    ]
     lines = [
         ("Rows", f"{told.rows:,}", f"{run.rows:,}"),
-        ("Failed", f"{told.failed:,}", f"{run.failed:,}"),
-        ("Tiles", f"{told.tiles:,}", f"{run.tiles:,}"),
-        ("Prompt tokens", f"{told.prompt_tokens:,}", f"{run.prompt_tokens:,}"),
+        *(
+            (name, f"{number:,}" if told.knows_rows else "\u2013", f"{measured:,}")
+            for name, number, measured in of_rows
+        ),
         ("Time", "\u2013" if told.seconds is None else clock(told.seconds), clock(run.seconds)),
     ]
     if len(run.rank_busy) > 1:
@@ -75,6 +81,16 @@ def compared(run: RunFigures, cost: Cost | None) -> list[tuple[str, str, str]]:
             priced = None if hours is None else hours * price
             lines.append(("Cost", _hours(priced), _hours(measured * price)))
     return lines
+
+
+def foretold_from(told: Foretold) -> str:
+    if told.exact:
+        return "from the headers of all images"
+    if told.looked:
+        return "from the headers of a sample"
+    if told.knows_rows:
+        return "from the rows of an earlier run: addresses are fetched but once"
+    return "which is little: addresses are fetched but once, and no earlier run tells of any"
 
 
 def _hours(number: float | None) -> str:
@@ -100,6 +116,7 @@ def _template() -> Template:
         "share": _share,
         "moment": lambda iso: iso[:16].replace("T", " ") + " UTC",
         "fields": _fields,
+        "foretold_from": foretold_from,
     }
     return environment.get_template("page.html.jinja")
 
