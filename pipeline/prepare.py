@@ -17,6 +17,7 @@ import ray
 from model.inputs.images import DecodeLimits, Tiles, prepare_image
 from model.inputs.prompt import PromptTemplate
 from model.inputs.tiling import Pinpoints
+from pipeline.guard import guard
 from pipeline.render.renderer import Renderer
 from pipeline.render.settings import PageSettings
 from pipeline.tables import add_columns
@@ -32,7 +33,8 @@ BLOCK_BYTES = 8 * 1024**2
 class PrepareSettings:
     """All a CPU worker needs to know of the job and the checkpoint.
 
-    trial: what decoding an image may cost where it is tried out first.
+    trial: what decoding an image may cost where it is tried out first. hang_seconds: how long a
+    worker may give no sign of life, beside the time that an image may take.
     """
 
     template: PromptTemplate
@@ -44,14 +46,16 @@ class PrepareSettings:
     kept: pa.Schema
     skip_blank: bool = False
     trial: PageSettings = field(default_factory=PageSettings)
+    hang_seconds: float = 45.0
 
 
 class Prepare:
     """Turns tables of INPUT rows into tables of PREPARED rows, one row for each, in order.
 
-    A worker that was started again may have died of an image, and is given the same batch: it
-    tries out each image in a child process first, and the one that the child dies of is a failed
-    row. That doubles the cost of decoding, for this worker.
+    A worker that is stopped is killed, and Ray starts it again: nobody else would notice. One that
+    was started again may have died of an image, and is given the same batch: it tries out each
+    image in a child process first, and the one that the child dies of is a failed row. That doubles
+    the cost of decoding, for this worker.
     """
 
     def __init__(self, settings: PrepareSettings) -> None:
@@ -60,6 +64,7 @@ class Prepare:
         # Pillow warns of damaged metadata; what matters of it is in the row's message.
         warnings.filterwarnings("ignore", module="PIL")
         self._trial = Renderer(settings.trial) if _was_started_again() else None
+        guard(settings.limits.seconds + settings.hang_seconds)
 
     def __call__(self, inputs: pa.Table) -> Iterator[pa.Table]:
         first, rows, held = 0, [], 0

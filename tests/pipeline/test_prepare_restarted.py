@@ -1,6 +1,9 @@
-"""An image that kills its decoder costs its own row, once Ray has started the worker again."""
+"""An image that kills its decoder costs its own row, once Ray has started the worker again; that a
+worker is stopped costs none."""
 
 import os
+import signal
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -31,18 +34,25 @@ class Fragile(Prepare):
         return columns
 
 
-def test_an_image_that_kills_the_worker_is_a_failed_row_and_the_others_are_prepared():
-    small = [encode(Image.new("RGB", (30 + i, 20)), "PNG") for i in range(11)]
-    deadly = encode(Image.new("RGB", (SIDE, SIDE)), "PNG")
-    table = inputs([*small[:5], deadly, *small[5:]])
-    settings = SETTINGS.__class__(
-        **{**vars(SETTINGS), "trial": PageSettings(memory_bytes=400 * 1024**2)}
-    )
+class Stopped(Prepare):
+    """As by SIGSTOP from outside, at its fifth image."""
+
+    images = 0
+
+    def _prepare(self, image: pa.Buffer):
+        self.images += 1
+        if self.images == 5 and not self._trial:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super()._prepare(image)
+
+
+def reasons(worker: type[Prepare], table: pa.Table, **settings: Any) -> list[tuple[str, str]]:
+    """(row, reason) of what a worker and those after it make of a table."""
     with ray_session("local"):
         configure_ray_data(BLOCK_BYTES)
         prepared = ray.data.from_arrow(table).map_batches(
-            Fragile,
-            fn_constructor_args=(settings,),
+            worker,
+            fn_constructor_args=(replace(SETTINGS, **settings),),
             batch_size=4,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=1),
@@ -51,7 +61,19 @@ def test_an_image_that_kills_the_worker_is_a_failed_row_and_the_others_are_prepa
         )
         tables: Any = prepared.iter_batches(batch_format="pyarrow")
         rows = [row for table in tables for row in table.to_pylist()]
-    assert {row["row_id"]: row["reason"] for row in rows} == {
-        f"row {i}": "crash" if i == 5 else None for i in range(12)
-    }
-    assert len(rows) == 12
+    return sorted((row["row_id"], row["reason"]) for row in rows)
+
+
+def test_an_image_that_kills_the_worker_is_a_failed_row_and_the_others_are_prepared():
+    small = [encode(Image.new("RGB", (30 + i, 20)), "PNG") for i in range(11)]
+    deadly = encode(Image.new("RGB", (SIDE, SIDE)), "PNG")
+    table = inputs([*small[:5], deadly, *small[5:]])
+    found = reasons(Fragile, table, trial=PageSettings(memory_bytes=400 * 1024**2))
+    assert found == sorted((f"row {i}", "crash" if i == 5 else None) for i in range(12))
+
+
+def test_a_worker_that_is_stopped_is_replaced_and_every_row_is_prepared_once():
+    table = inputs([encode(Image.new("RGB", (30 + i, 20)), "PNG") for i in range(12)])
+    limits = replace(SETTINGS.limits, seconds=2.0)
+    found = reasons(Stopped, table, limits=limits, hang_seconds=2.0)
+    assert found == sorted((f"row {i}", None) for i in range(12))
