@@ -206,7 +206,8 @@ def _run(job: Job) -> NoReturn:
         from pipeline.early import check
 
         check(job)
-        from pipeline.run import run
+        with show.starting():
+            from pipeline.run import run
 
         summary = run(job)
     show.summary(summary)
@@ -232,8 +233,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _said(wrong_usage: typer.TyperException) -> str:
-    """With what is to be given, where something is missing."""
+    """With what is to be given, where something is missing or there is too much."""
     message = wrong_usage.format_message().replace("Value error, ", "")
+    if "unexpected extra argument" in message:  # it may hold the names of all files of a folder
+        return (
+            f"{message if len(message) < 160 else message[:160] + '...)'}. Put a glob in quotes, "
+            "'photos/*.jpg': the shell would make many arguments of it. A flag takes one value; "
+            "for several it is repeated"
+        )
     parameter = getattr(wrong_usage, "param", None)
     wanted = getattr(parameter, "help", None) if message.startswith("Missing") else None
     return f"{message.rstrip('.')}: {wanted}" if wanted else message

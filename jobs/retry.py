@@ -63,7 +63,8 @@ def retry(
     if not changed and {Status.TRUNCATED, Status.INVALID} & {*status}:
         show.asked_the_same(job)
     with resumable():
-        from pipeline.retry import Choice, retry
+        with show.starting():
+            from pipeline.retry import Choice, retry
 
         summary = retry(job, Choice(frozenset(status), frozenset(reason)), changed)
     show.retry(summary)

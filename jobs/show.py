@@ -1,11 +1,13 @@
 """What a command says at its end: results on standard output, what went wrong on standard error."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
+from pipeline.progress import count, is_live
 from schemas.job import Job
 from schemas.ledger import Growth
 from schemas.report import Summary
@@ -24,6 +26,12 @@ def error(message: str, advice: str = "") -> None:
         console.print(escape(advice), style="dim", highlight=False)
 
 
+def starting() -> AbstractContextManager[object]:
+    """A sign of life in a terminal, while libraries are imported that take seconds."""
+    console = Console(stderr=True)
+    return console.status("starting") if is_live(console) else nullcontext()
+
+
 def passed_on(text: str) -> None:
     """What a run elsewhere says, as it comes."""
     print(text, end="", flush=True)
@@ -31,7 +39,7 @@ def passed_on(text: str) -> None:
 
 def summary(result: Summary) -> None:
     """Rows by status, tokens, time in each stage, where the output is."""
-    facts = {"output": f"{result.output} ({result.units:,} units, all committed)"}
+    facts = {"output": f"{result.output} ({count(result.units, 'unit')}, all committed)"}
     if result.growth:
         facts["source"] = growth(result.growth)
     if result.random_weights:
@@ -59,7 +67,7 @@ def growth(found: Growth) -> str:
         "gone, which keep their rows": found.gone_files,
         "written too recently (--settle-seconds), which wait for the next run": found.waiting_files,
     }
-    told = [f"{count:,} files {what}" for what, count in counts.items() if count]
+    told = [f"{count(number, 'file')} {what}" for what, number in counts.items() if number]
     return "; ".join(told) or "nothing is new or changed"
 
 
@@ -74,7 +82,8 @@ def retry(result: "RetrySummary") -> None:
     _facts(
         {
             "output": result.output,
-            "again": f"{result.again:,} rows in {result.units:,} units, {result.seconds:,.1f} s",
+            "again": f"{count(result.again, 'row')} in {count(result.units, 'unit')}, "
+            f"{result.seconds:,.1f} s",
             "now": f"{now}{added}: {_counts(result.rows)}",
             "reasons": _counts(result.reasons),
         }
@@ -147,8 +156,8 @@ def verification(found: "Verification") -> None:
             "units": f"{found.committed_units:,} of {found.planned_units:,} are committed",
             "rows": f"{found.rows:,}: {_counts(found.statuses)}" if found.rows else "0",
             "reasons": _counts(found.reasons),
-            "missing": f"{found.missing_rows:,} rows" if found.missing_rows else "",
-            "doubled": f"{found.doubled_rows:,} rows" if found.doubled_rows else "",
+            "missing": count(found.missing_rows, "row") if found.missing_rows else "",
+            "doubled": count(found.doubled_rows, "row") if found.doubled_rows else "",
             "verdict": verdict,
         }
     )
@@ -161,6 +170,6 @@ def verification(found: "Verification") -> None:
         )
     if found.pending_units:
         error(
-            f"the run is not finished: {found.pending_units:,} units are to do; "
+            f"the run is not finished, {count(found.pending_units, 'unit')} to do: "
             "the command that started it goes on"
         )

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from jobs.show import growth
+from pipeline.progress import count
 from schemas.errors import ConfigError
 from schemas.estimate import Estimate, MemoryEstimate, RankEstimate, RowsEstimate, Spread
 
@@ -83,7 +84,7 @@ def show_plan(plan: Estimate) -> None:
 
 
 def _done(plan: Estimate) -> str:
-    units = f" ({plan.units:,} units to do"
+    units = f" ({count(plan.units, 'unit')} to do"
     return units + (f", {plan.units_done:,} are done)" if plan.units_done else ")")
 
 

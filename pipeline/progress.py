@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-QUIET_SECONDS = 30.0  # between two lines where there is no terminal
+QUIET_SECONDS = 30.0  # between two lines where there is no terminal, unless there is news
+_LOOK_SECONDS = 0.2  # for news
 
 
 class Progress:
@@ -21,6 +22,7 @@ class Progress:
     def __init__(self, console: Console | None = None) -> None:
         self.phase = "listing the source"  # shown until the first rows come
         self.waiting: str | None = None  # for what
+        self._stopping: str | None = None
         self.pending_units = 0
         self.rows = 0
         self.failed = 0
@@ -29,17 +31,20 @@ class Progress:
         self._started = time.monotonic()
         self._first_rows: float | None = None
         self._console = console or Console(stderr=True)
-        self._live: Live | None = None
+        self._live: Live | None = None  # in a terminal
+        self._lines: threading.Thread | None = None  # elsewhere
+        self._printing = threading.Lock()
+        self._told = ""
+        self._printed = 0.0
         self._done = threading.Event()
 
     def __enter__(self) -> Self:
-        # Rich takes a log file for a terminal where FORCE_COLOR is set, as in many a CI, and draws
-        # nothing before the end in a dumb one.
-        if self._console.is_interactive and self._console.file.isatty():
+        if is_live(self._console):
             self._live = Live(get_renderable=self.line, console=self._console, refresh_per_second=2)
             self._live.start(refresh=True)
         else:
-            threading.Thread(target=self._print_lines, daemon=True).start()
+            self._lines = threading.Thread(target=self._print_lines, daemon=True)
+            self._lines.start()
         return self
 
     def __exit__(
@@ -51,17 +56,25 @@ class Progress:
         self._done.set()
         if self._live is not None:
             self._live.stop()
-        else:
+        elif self._first_rows is not None:
             self._console.print(self.line(), soft_wrap=True)
 
     def start(self, pending_units: int, phase: str) -> None:
         self.pending_units, self.phase = pending_units, phase
+        # At once: starting Ray keeps all threads waiting for some seconds.
         if self._live is not None:
-            self._live.refresh()  # at once: starting Ray keeps the terminal for some seconds
+            self._live.refresh()
+        elif self._lines is not None:
+            self._print_line()
 
     def note(self, message: str) -> None:
         """A line that stays, above the live one."""
         self._console.print(message, soft_wrap=True, markup=False, highlight=False)
+
+    def stopping(self, seconds: float) -> None:
+        """Somebody asked the run to stop, and it finishes what it has begun. Made for a handler of
+        signals: prints nothing itself."""
+        self._stopping = f"stopping within {seconds:g} s (asked again: at once)"
 
     def generated(self, rows: int, failed: int, tokens: int) -> None:
         """Rows came back from the replicas; tokens counts prompts and answers."""
@@ -75,24 +88,27 @@ class Progress:
         self.committed_units += units
 
     def line(self) -> Text:
+        """What counts most comes first: a terminal of 80 columns cuts the rest."""
         seconds = time.monotonic() - self._started
         parts = [f"[{clock(seconds)}]"]
-        waiting = self.waiting
         if self._first_rows is None:
-            units = f" ({self.pending_units:,} units to do)" if self.pending_units else ""
-            parts.append((waiting or self.phase) + units)
+            units = f" ({count(self.pending_units, 'unit')} to do)" if self.pending_units else ""
+            parts.append(self._doing() + units)
         else:
+            if self._stopping or self.waiting:
+                parts.append(self._doing())
             parts += [
-                f"{self.rows:,} rows",
-                f"{self.rows / seconds:,.1f} rows/s",
-                f"{self.tokens / seconds:,.0f} tokens/s",
+                count(self.rows, "row"),
                 f"{self.failed:,} failed",
                 f"units {self.committed_units:,}/{self.pending_units:,}",
                 self._time_left(),
+                f"{self.rows / seconds:,.1f} rows/s",
+                f"{self.tokens / seconds:,.0f} tokens/s",
             ]
-            if waiting:
-                parts.insert(1, waiting)
         return Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
+
+    def _doing(self) -> str:
+        return self._stopping or self.waiting or self.phase
 
     def _time_left(self) -> str:
         """From the pace since the first rows: loading the model happens only once."""
@@ -102,9 +118,28 @@ class Progress:
         return f"about {clock(pace * (self.pending_units - self.committed_units))} left"
 
     def _print_lines(self) -> None:
-        self._console.print(self.line(), soft_wrap=True)
-        while not self._done.wait(QUIET_SECONDS):
-            self._console.print(self.line(), soft_wrap=True)
+        self._print_line()
+        while not self._done.wait(min(_LOOK_SECONDS, QUIET_SECONDS)):
+            self._print_line()
+
+    def _print_line(self) -> None:
+        """Where there is no terminal: at each change of what the run does, and now and then."""
+        with self._printing:
+            due = time.monotonic() >= self._printed + QUIET_SECONDS
+            if self._told != self._doing() or due:
+                self._told, self._printed = self._doing(), time.monotonic()
+                self._console.print(self.line(), soft_wrap=True)
+
+
+def is_live(console: Console) -> bool:
+    """Whether a line can be drawn over and over. Rich takes a log file for a terminal where
+    FORCE_COLOR is set, as in many a CI, and draws nothing before the end in a dumb one."""
+    return console.is_interactive and console.file.isatty()
+
+
+def count(number: int, what: str) -> str:
+    """1 row, 2,000 rows."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def clock(seconds: float) -> str:

@@ -72,7 +72,7 @@ def retry(
     ledger.prepare()
     progress = Progress()
     progress.phase = "looking for the rows to do again"
-    with Stop(job.grace_seconds) as stop, Lease(ledger) as lease, progress:
+    with Stop(job.grace_seconds, progress.stopping) as stop, Lease(ledger) as lease, progress:
         ledger.resume(job.fingerprint(model_revision(job)))
         ledger.clean_up()
         pending = chosen(ledger, choice)

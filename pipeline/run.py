@@ -59,16 +59,15 @@ def run(job: Job) -> Summary:
     read = read_settings(job, source, model.page_settings(job))
     ledger = Ledger(job.output, job.endpoint_url)
     ledger.prepare()
-    with Stop(job.grace_seconds) as stop, Lease(ledger) as lease, Progress() as progress:
+    progress = Progress()
+    with Stop(job.grace_seconds, progress.stopping) as stop, Lease(ledger) as lease, progress:
         tally = Tally(progress)
         tally.growth = plan_or_resume(job, source, ledger, lease)
         committer = Committer(ledger, lease)
         pending = committer.add_empty(pa.concat_tables([PLAN.empty_table(), *ledger.pending()]))
         if pending.num_rows:
             tally.foretold = _foretold(job, model, source, ledger, pending, progress)
-            progress.start(
-                pending.num_rows, "starting Ray, loading the model, computing the first answers"
-            )
+            progress.start(pending.num_rows, "starting Ray, loading the model, first answers")
             read = replace(read, kept=ledger.kept)
             with tally.recorded(ledger, lease.run):
                 work(job, model, read, pending, committer, tally, stop)

@@ -23,9 +23,14 @@ class Stop:
     second one raises KeyboardInterrupt wherever the run is. `asked` names the first.
     """
 
-    def __init__(self, grace_seconds: float) -> None:
+    def __init__(
+        self, grace_seconds: float, asked: Callable[[float], None] = lambda _: None
+    ) -> None:
+        """asked: told the seconds of grace, by the handler of the first signal, when there is
+        something to finish."""
         self.asked: str | None = None
         self._grace_seconds = grace_seconds
+        self._told = asked
         self._deadline = float("inf")
         self._waiting = False
         self._unfinished: Callable[[], Collection[int]] | None = None  # while there is work
@@ -85,6 +90,7 @@ class Stop:
             self._begun = set(self._unfinished())
             self._deadline = time.monotonic() + self._grace_seconds
             signal.setitimer(signal.ITIMER_REAL, max(0.001, self._grace_seconds))
+            self._told(self._grace_seconds)
         if self._waiting:  # never in the middle of a commit
             self._check_enough()
 

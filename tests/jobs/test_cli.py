@@ -159,6 +159,14 @@ def test_wrong_usage_is_one_line_and_exit_2(vl01, flow, arguments, expected):
     assert flow.jobs == []
 
 
+def test_a_glob_that_the_shell_filled_in_is_told_without_a_thousand_names(vl01, flow):
+    code, _, err = vl01("caption", *(f"photos/{n}.jpg" for n in range(1000)), *CAPTION[2:])
+    assert code == ExitCode.USAGE
+    assert "(photos/1.jpg photos/2.jpg" in err
+    assert "Put a glob in quotes, 'photos/*.jpg'" in err
+    assert len(err) < 500
+
+
 @pytest.mark.parametrize(
     ("answer", "flags", "expected"),
     [
@@ -228,7 +236,7 @@ def test_a_run_says_what_its_source_grew_by(vl01, flow):
     growth = Growth(1, PlanTotals(4, 1055, 0), new_files=1050, changed_files=5, waiting_files=1)
     flow.answer = Summary("/data/captions", units=4, growth=growth)
     _, out, _ = vl01(*CAPTION, "--grow")
-    assert "1,050 files new; 5 files changed; 1 files written too recently" in out
+    assert "1,050 files new; 5 files changed; 1 file written too recently" in out
     flow.answer = Summary("/data/captions", units=4, growth=Growth(0, PlanTotals(4, 1000, 0)))
     _, out, _ = vl01(*CAPTION, "--grow")
     assert "nothing is new or changed" in out
@@ -258,7 +266,11 @@ def dataset(**found) -> Verification:
     ("verification", "expected", "told"),
     [
         (dataset(), ExitCode.OK, "every row is there, once"),
-        (dataset(committed_units=1), ExitCode.UNACCOUNTED, "not finished: 1 units are to do"),
+        (
+            dataset(committed_units=1),
+            ExitCode.UNACCOUNTED,
+            "not finished, 1 unit to do: ",
+        ),
         (dataset(outdated_units=3), ExitCode.UNACCOUNTED, "3 units have files that changed since"),
         (dataset(missing_rows=3, problems=("unit 0: cut",)), ExitCode.UNACCOUNTED, "unit 0: cut"),
     ],

@@ -30,6 +30,48 @@ def test_a_run_without_a_terminal_is_not_silent(monkeypatch):
     assert "units 1/3" in lines[-1]
 
 
+def test_a_log_is_told_at_once_what_a_run_goes_on_to_do():
+    """With a line each half minute alone it says for as long that the source is listed."""
+    console = plain_console()
+    with Progress(console) as shown:
+        shown._done.wait(0.3)
+        shown.start(3, "loading")
+        assert "loading (3 units to do)" in written(console)  # no thread is waited for
+        shown._done.wait(0.5)
+        shown.stopping(25)
+        shown._done.wait(0.5)
+    lines = written(console).splitlines()
+    told = ["listing the source", "loading (3 units to do)", "stopping within 25 s"]
+    assert len(lines) == len(told)
+    assert all(what in line for what, line in zip(told, lines, strict=True))
+
+
+def test_a_refused_run_does_not_say_twice_that_it_lists_the_source():
+    console = plain_console()
+    with Progress(console) as shown:  # which an error leaves the same way
+        shown._done.wait(0.3)
+    assert written(console).count("listing the source") == 1
+
+
+def test_the_time_left_fits_a_terminal_of_80_columns():
+    shown = Progress(plain_console())
+    shown._started -= 3723
+    shown.start(391, "loading")
+    shown.generated(rows=45_678, failed=1_234, tokens=100_000_000)
+    shown.committed(178)
+    shown._first_rows -= 3600  # pyright: ignore[reportOperatorIssue]
+    assert "about 1:11:" in str(shown.line())[:76]
+    assert "1,234 failed" in str(shown.line())[:80]
+
+
+def test_who_asks_a_run_to_stop_is_told_that_it_heard():
+    shown = Progress(plain_console())
+    shown.start(7, "loading")
+    shown.generated(rows=5, failed=0, tokens=10)
+    shown.stopping(25)
+    assert "stopping within 25 s (asked again: at once)  5 rows" in str(shown.line())
+
+
 @pytest.mark.parametrize(("variable", "value"), [("FORCE_COLOR", "1"), ("TERM", "dumb")])
 def test_a_log_is_not_filled_with_escape_codes_nor_a_dumb_terminal_left_silent(
     monkeypatch, variable, value

@@ -51,9 +51,11 @@ def test_units_begun_are_finished_and_no_others():
         yield "the rest of 0 and 1, more of 2"
         pytest.fail("asked for more than it needs")
 
-    with Stop(grace_seconds=30) as stop:
+    told = []
+    with Stop(grace_seconds=30, asked=told.append) as stop:
         seen = list(stop.relay(tables(), lambda: open_units))
     assert stop.asked == "SIGTERM"
+    assert told == [30]
     assert seen == ["begun", "more of 0 and 1", "the rest of 0 and 1, more of 2"]
 
 
