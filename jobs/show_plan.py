@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from jobs.show import growth
-from pipeline.progress import count
+from pipeline.progress import count, endings
 from schemas.errors import ConfigError
 from schemas.estimate import Estimate, MemoryEstimate, RankEstimate, RowsEstimate, Spread
 
@@ -65,6 +65,9 @@ def show_plan(plan: Estimate) -> None:
         "new": growth(plan.growth) if plan.growth else "",
         "output": f"{plan.output}{_done(plan)}",
         "rows": _rows(plan.rows) if rows else "nothing is left to do",
+        "unread": f"{endings(plan.unread)}: files that are left out for their names"
+        if plan.unread
+        else "",
     }
     if rows:
         facts |= {

@@ -6,6 +6,7 @@ Opens nothing. Reading and writing is for storage.py.
 import os
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from fsspec import AbstractFileSystem
@@ -108,9 +109,11 @@ def as_text(name: str) -> str:
 
 
 def _is_above(link: str, path: str) -> bool:
-    """Whether a link leads back to a folder on the way to itself: following it would not end."""
+    """Whether a link in the folder `path` leads back to a folder on the way to itself, of which
+    some may be links too: following it would not end."""
     target = os.path.realpath(link)
-    return os.path.commonpath([target, os.path.realpath(path)]) == target
+    way = path, *map(str, PurePosixPath(path).parents)
+    return any(os.path.commonpath([target, os.path.realpath(step)]) == target for step in way)
 
 
 def _entries(fs: AbstractFileSystem, path: str) -> Iterator[SourceFile]:

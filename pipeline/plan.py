@@ -7,6 +7,7 @@ One pass, in the order of the names. Opens nothing but lists and the footers of 
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -61,6 +62,7 @@ class Plan:
         self._kept = KeptColumns(keep, kept)
         self._problem: str | None = None  # of the first file that has one
         self._usable = kept is not None
+        self.unread: Counter[str] = Counter()  # files left out for their names, by ending
 
     @classmethod
     def of(cls, job: Job, source: Source, kept: pa.Schema | None = None) -> "Plan":
@@ -71,7 +73,7 @@ class Plan:
 
     def files(self) -> Iterator[SourceFile]:
         """What the source lists, but for files that are perhaps not whole yet."""
-        return filter(self.is_settled, self._source.files())
+        return filter(self.is_settled, self._source.files(self.unread))
 
     def is_settled(self, file: SourceFile) -> bool:
         """Whether nobody seems to be writing it any more, as far as this plan must know."""

@@ -5,6 +5,7 @@ Counts what it is given; knows neither Ray nor the ledger.
 
 import threading
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 QUIET_SECONDS = 30.0  # between two lines where there is no terminal, unless there is news
+_MOST_ENDINGS = 8  # that are told
 _LOOK_SECONDS = 0.2  # for news
 
 
@@ -140,6 +142,14 @@ def is_live(console: Console) -> bool:
 def count(number: int, what: str) -> str:
     """1 row, 2,000 rows."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def endings(unread: Mapping[str, int]) -> str:
+    """The counts of files that are not read, for a user: the most frequent first."""
+    by_count = sorted(unread.items(), key=lambda item: (-item[1], item[0]))
+    told = [f"{number:,} {what}" for what, number in by_count[:_MOST_ENDINGS]]
+    rest = sum(number for _, number in by_count[_MOST_ENDINGS:])
+    return ", ".join(told) + (f", {rest:,} with other endings" if rest else "")
 
 
 def clock(seconds: float) -> str:

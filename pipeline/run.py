@@ -6,7 +6,7 @@ Ray Data carries the rows as far as GENERATED. This process, which holds the lea
 gathers them into units and commits each unit once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -35,7 +35,7 @@ from pipeline.model import Model, model_folder, model_revision, open_model
 from pipeline.placement import Placement, configure_ray_data, place, ray_session
 from pipeline.plan import Plan
 from pipeline.prepare import BLOCK_BYTES, Prepare, PrepareSettings
-from pipeline.progress import Progress
+from pipeline.progress import Progress, endings
 from pipeline.read import ReadSettings, read_settings, read_units
 from pipeline.sources import Source, open_source
 from pipeline.stop import Stop
@@ -62,7 +62,7 @@ def run(job: Job) -> Summary:
     progress = Progress()
     with Stop(job.grace_seconds, progress.stopping) as stop, Lease(ledger) as lease, progress:
         tally = Tally(progress)
-        tally.growth = plan_or_resume(job, source, ledger, lease)
+        tally.growth = plan_or_resume(job, source, ledger, lease, tally.noted)
         committer = Committer(ledger, lease)
         pending = committer.add_empty(pa.concat_tables([PLAN.empty_table(), *ledger.pending()]))
         if pending.num_rows:
@@ -105,13 +105,22 @@ def work(
     tally.check_stopped(stop.asked)
 
 
-def plan_or_resume(job: Job, source: Source, ledger: Ledger, lease: Lease) -> Growth | None:
-    """Opens the plan; what it grew by if the job says so and there was one already. Raises
-    ConfigError if OUT holds another job."""
+def plan_or_resume(
+    job: Job,
+    source: Source,
+    ledger: Ledger,
+    lease: Lease,
+    note: Callable[[list[str]], None],
+) -> Growth | None:
+    """Opens the plan; what it grew by if the job says so and there was one already. `note` is told
+    what a new plan leaves out. Raises ConfigError if OUT holds another job."""
     fingerprint = job.fingerprint(model_revision(job))
     planned = ledger.resume(fingerprint)
     if not planned:
-        ledger.create(job, fingerprint, Plan.of(job, source), lease.run)
+        plan = Plan.of(job, source)
+        ledger.create(job, fingerprint, plan, lease.run)
+        if plan.unread:
+            note([f"not read, for their names: {endings(plan.unread)}"])
     ledger.clean_up()
     return ledger.grow(job, source) if planned and job.grow else None
 

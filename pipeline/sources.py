@@ -5,6 +5,7 @@ Lists files only. What is inside of one is for plan.py and read.py.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ READABLE = ", ".join("." + suffix for suffix in _KINDS)
 # Read only where SOURCE names them: beside images, a .txt holds a caption, a .csv the labels.
 _LISTS: dict[str, UnitKind] = dict.fromkeys(("txt", "csv", "jsonl"), UnitKind.LIST)
 _LISTS_TOO = f"; lists of addresses ({', '.join('.' + suffix for suffix in _LISTS)}) are read"
+_LONGEST_ENDING = 8  # a file named after its date has none that says what it is
 _MAGIC = re.compile(r"[*?\[]")
 _OUR_PART = re.compile(r"part-\d{9}\.parquet")
 
@@ -38,6 +40,12 @@ def kind_of(name: str) -> UnitKind | None:
 
 def _suffix(name: str) -> str:
     return name.rpartition(".")[2].lower() if "." in name else ""
+
+
+def ending(name: str) -> str:
+    """By what a file that is not read is counted: `.heic`, or one word for all that are odd."""
+    suffix = _suffix(name)
+    return f".{suffix}" if suffix.isalnum() and len(suffix) <= _LONGEST_ENDING else "others"
 
 
 def is_hidden(name: str) -> bool:
@@ -66,8 +74,10 @@ class Source:
         """What goes into the `source` column."""
         return full_address(self.fs, self.path(name))
 
-    def files(self) -> Iterator[SourceFile]:
+    def files(self, unread: Counter[str] | None = None) -> Iterator[SourceFile]:
         """Everything to read, in the byte order of the names. Raises ConfigError.
+
+        unread: counts, by `ending`, what lies there and is not read for its name.
 
         Lists of addresses are among it only where SOURCE is one, or a glob that ends like one.
         Hidden files are left out, and so are the parts of datasets that `vl01` wrote: an output
@@ -79,8 +89,12 @@ class Source:
                 yield stat_file(self.fs, self.path(self.only))._replace(name=self.only)
                 return
             for file in self._listed():
-                if self._is_read(file.name) and (pattern is None or pattern.match(file.name)):
+                if file.name.endswith("/") or (pattern and not pattern.match(file.name)):
+                    continue
+                if self._is_read(file.name):
                     yield file
+                elif unread is not None:
+                    unread[ending(file.name)] += 1
         except Exception as error:  # storage clients raise far more than OSError
             raise ConfigError(f"cannot list {self.address}: {storage_error(error)}") from error
 

@@ -104,6 +104,7 @@ class TimeEstimate:
 class Estimate:
     """units: still to do; units_done: committed by earlier runs on this output.
 
+    unread: files of a source not planned before that are left out for their names, by ending.
     growth: what the source has grown by since it was planned; None if the job does not say so.
     rows: by kind of unit. exact: every header was read, so that only damage behind the headers is
     not foretold. reasons: of the rows that will fail. ranks: of each replica, in order. memory:
@@ -119,6 +120,7 @@ class Estimate:
     reasons: dict[str, int]
     tiles: Spread
     prompt_tokens: Spread
+    unread: dict[str, int] = field(default_factory=dict)
     growth: Growth | None = None
     ranks: tuple[RankEstimate, ...] = ()
     memory: MemoryEstimate | None = None

@@ -42,8 +42,9 @@ def estimate(job: Job, assumptions: Assumptions) -> Estimate:
     if job.address != "local":
         _check_cluster(job)
     if not ledger.resume(job.fingerprint(model_revision(job))):
-        told = foretell(job, model, source, _planned(source, job), None, assumptions)
-        return replace(told, output=ledger.output)
+        plan = Plan.of(job, source)
+        told = foretell(job, model, source, _planned(plan), None, assumptions)
+        return replace(told, output=ledger.output, unread=dict(plan.unread))
     if not job.grow:
         return foretell(job, model, source, _pending(ledger), ledger, assumptions)
     with tempfile.TemporaryDirectory() as folder:
@@ -119,9 +120,8 @@ def _check_cluster(job: Job) -> None:
         place(job)
 
 
-def _planned(source: Source, job: Job) -> Iterator[Unit]:
+def _planned(plan: Plan) -> Iterator[Unit]:
     """The units of a first run. Raises ConfigError: nothing usable, columns that cannot be kept."""
-    plan = Plan.of(job, source)
     yield from plan.units()
     plan.kept()
 

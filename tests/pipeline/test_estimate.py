@@ -391,6 +391,12 @@ def test_the_output_of_another_job_stops_the_plan(tmp_path, job):
         plan(job.model_copy(update={"prompt": "Say something else."}))
 
 
+def test_files_that_are_not_read_are_told_before_a_run(tmp_path, job):
+    write_folder(tmp_path / "source", good_images(2))
+    (tmp_path / "source/a.heic").write_bytes(b"x")
+    assert plan(job).unread == {".heic": 1}
+
+
 def test_only_what_is_left_is_planned(tmp_path, job):
     images = [(f"{name}.jpg", data) for name, data in good_images(40)]
     write_folder(tmp_path / "source", images)

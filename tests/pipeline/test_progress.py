@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from pipeline import progress
-from pipeline.progress import Progress, clock
+from pipeline.progress import Progress, clock, endings
 
 
 def plain_console() -> Console:
@@ -126,3 +126,10 @@ def test_time_left_is_not_invented_before_a_unit_is_done():
 def test_long_runs_show_hours():
     assert clock(59) == "00:59"
     assert clock(3 * 3600 + 62) == "3:01:02"
+
+
+def test_a_long_list_of_endings_is_cut_and_not_lost():
+    unread = {f".{letter}": 1 for letter in "bcdefghijkl"} | {".heic": 1200}
+    assert endings({".txt": 1}) == "1 .txt"
+    assert endings(unread).startswith("1,200 .heic, 1 .b, 1 .c")
+    assert endings(unread).endswith("1 .h, 4 with other endings")

@@ -1,6 +1,7 @@
 """Every file of a source is found once, in one order, wherever it is."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import fsspec
@@ -26,6 +27,18 @@ def test_files_in_folders_and_in_upper_case_are_not_missed(tmp_path):
     images = ["b.JPG", "a/c.jpeg", "a/d/e.Png", "f.webp", "g.GIF", "h.bmp", "i.tif", "j.TIFF"]
     touch(tmp_path, *images, "k.tar", "l.parquet", "notes.txt", "README", "m.tar.gz")
     assert names(tmp_path) == sorted([*images, "k.tar", "l.parquet"])
+
+
+def test_photographs_of_a_telephone_are_not_left_out_without_a_word(tmp_path):
+    touch(tmp_path, "a.jpg", "b.HEIC", "c/d.heic", "c/README", "e.2024-01-02T03:04", "f.txt")
+    touch(tmp_path, ".DS_Store", "._b.heic", ".git/x.heic", "out/_vl01/job.json", "g.d/x.jpg")
+    unread: Counter[str] = Counter()
+    read = [file.name for file in open_source(str(tmp_path)).files(unread)]
+    assert read == ["a.jpg", "g.d/x.jpg"]
+    assert unread == {".heic": 2, ".txt": 1, "others": 2}
+    unread.clear()
+    assert [file.name for file in open_source(f"{tmp_path}/*.[jt]*").files(unread)] == ["a.jpg"]
+    assert unread == {".txt": 1}
 
 
 def test_the_order_does_not_depend_on_how_a_storage_lists_folders(tmp_path):
@@ -57,6 +70,13 @@ def test_a_link_back_to_its_own_folder_does_not_loop(tmp_path):
     os.symlink(tmp_path / "elsewhere", tmp_path / "data/link")
     os.symlink(tmp_path / "gone", tmp_path / "data/broken.jpg")
     assert names(tmp_path / "data") == ["a.jpg", "broken.jpg", "link/c.jpg", "sub/b.jpg"]
+
+
+def test_two_folders_that_link_to_each_other_are_not_read_forty_times(tmp_path):
+    touch(tmp_path, "a/1.jpg", "b/2.jpg")
+    os.symlink(tmp_path / "b", tmp_path / "a/to")
+    os.symlink(tmp_path / "a", tmp_path / "b/to")
+    assert names(tmp_path) == ["a/1.jpg", "a/to/2.jpg", "b/2.jpg", "b/to/1.jpg"]
 
 
 def test_a_name_that_is_not_utf8_does_not_stop_the_listing(tmp_path):
