@@ -69,8 +69,13 @@ def choose_column(columns: Collection[str], wanted: str | None) -> str | None:
 
 def no_column(columns: Collection[str], wanted: str | None) -> str:
     """Why `choose_column` gave None, for a user."""
-    looked_for = f"{wanted!r}" if wanted else f"only one of {', '.join(USUAL_COLUMNS)}"
-    return f"no column {looked_for} (--uri-column) among {', '.join(columns)}"
+    if wanted:
+        return f"no column {wanted!r} (--uri-column) among {', '.join(columns)}"
+    *usual, last = USUAL_COLUMNS
+    return (
+        f"one column called {', '.join(usual)} or {last} was expected among {', '.join(columns)};"
+        " --uri-column names another"
+    )
 
 
 class AddressList:
@@ -129,7 +134,7 @@ class AddressList:
         found = list(islice(self._records(group.offset), len(group.members)))
         found += [Record(0, 0, None, {})] * (len(group.members) - len(found))
         return [
-            record.values if address_of(member) in record.values.values() else {}
+            record.values if record.address == address_of(member) else {}
             for record, member in zip(found, group.members, strict=True)
         ]
 

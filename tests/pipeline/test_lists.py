@@ -146,6 +146,24 @@ def test_values_of_a_list_that_was_changed_are_not_those_of_other_rows(tmp_path)
         assert AddressList(file, str(path)).values(group) == [{}, {}]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "id,url\n1, a \n2,b\n3, a \n4,\n5,#x\n"),
+        ("a.jsonl", '{"id": "1", "url": " a "}\n{"id": "2", "url": "b"}\n{"id": "3", "url": "a"}\n'
+         '{"id": "4"}\n{"id": "5", "url": 7}\n'),
+    ],
+)  # fmt: skip
+def test_kept_columns_are_not_lost_where_the_address_has_blanks_or_is_missing(tmp_path, name, text):
+    path = write(tmp_path / name, text)
+    nameless = ["#line 5", "#line 6"] if name == "a.csv" else ["#line 4", "#line 5"]
+    found = groups(path, rows=2)
+    assert [m for g in found for m in g.members] == ["a", "b", "a#2", *nameless]
+    with PatientFile(*open_fs(str(path))) as file:
+        values = [row for group in found for row in AddressList(file, str(path)).values(group)]
+    assert [value["id"] for value in values] == ["1", "2", "3", "4", "5"]
+
+
 @pytest.mark.parametrize("kind", ["txt", "csv", "jsonl"])
 def test_a_long_list_is_planned_fast_and_in_little_memory(tmp_path, kind):
     """100,000 of them; the figures for a million are in proportion."""
