@@ -34,7 +34,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # nor is NaN
             raise ValueError(f"temperature is {self.temperature}; expected 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; expected more than 0 and at most 1")

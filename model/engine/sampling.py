@@ -14,8 +14,9 @@ from model.layers.dispatch import logits_kernels
 
 _MASK = (1 << 64) - 1
 
-# Below it logits divided by the temperature overflow fp32. At it sampling is greedy already.
-_LEAST_TEMPERATURE = 1e-20
+# Below the first, logits divided by the temperature overflow fp32; above the second, it overflows.
+# At them sampling is greedy already, and blind.
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-20, 1e30
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,7 @@ def _settings(
     """The rows, int64 [N], and their temperatures, top_p and uniforms, fp32 [N, 1] each."""
     settings = torch.tensor(
         [
-            (row, max(draws[row].temperature, _LEAST_TEMPERATURE), draws[row].top_p,
-             draws[row].uniform)
+            (row, _within_fp32(draws[row].temperature), draws[row].top_p, draws[row].uniform)
             for row in rows
         ],
         dtype=torch.float32,  # in which rows are whole numbers too
@@ -117,6 +117,10 @@ def _settings(
     ).to(device, non_blocking=True)  # fmt: skip
     rows_N1, temperature_N1, top_p_N1, uniform_N1 = settings.split(1, dim=1)
     return rows_N1[:, 0].long(), temperature_N1, top_p_N1, uniform_N1
+
+
+def _within_fp32(temperature: float) -> float:
+    return min(max(temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE)
 
 
 def _draw_from_all(

@@ -8,6 +8,7 @@ import torch
 
 from model.engine.mask_memory import MaskMemory
 from model.engine.sampling import Draw, Masks, choose, uniform
+from schemas.requests import Sampling
 
 
 def _choose_slowly(logits: list[float], draw: Draw) -> int:
@@ -190,6 +191,24 @@ def test_a_temperature_of_next_to_nothing_is_greedy(temperature):
     logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(3)) * 20
     draws = [Draw(temperature, 1.0, uniform(row, 1)) for row in range(50)]
     assert torch.equal(choose(logits, draws)[0], logits.argmax(-1))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300, math.inf])
+def test_a_temperature_beyond_fp32_draws_blindly_and_never_an_impossible_token(temperature, top_p):
+    logits = torch.randn(200, 40, generator=torch.Generator().manual_seed(6)) * 20
+    logits[:, ::2] = -math.inf
+    draws = [Draw(temperature, top_p, (row + 0.5) / 200) for row in range(200)]
+    tokens, logprobs = choose(logits, draws)
+    assert (tokens % 2 == 1).all()
+    assert len(tokens.unique()) == 20 * top_p  # all are as likely
+    assert logprobs.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [-0.1, -math.inf, math.nan])
+def test_a_temperature_that_is_none_is_refused_and_not_taken_for_greedy(temperature):
+    with pytest.raises(ValueError, match=r"expected 0 \(greedy\) or more"):
+        Sampling(temperature=temperature)
 
 
 def test_uniforms_depend_on_seed_and_position_alone_and_look_uniform():
