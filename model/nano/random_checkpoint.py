@@ -46,6 +46,7 @@ class NanoSizes:
     """Sizes of a random checkpoint. The defaults run a photograph in seconds on two CPU cores."""
 
     layers: int = 8
+    softmax_every: int = 8  # the last of so many layers is softmax attention
     hidden_size: int = 128
     heads: int = 4
     kv_heads: int = 2
@@ -93,10 +94,10 @@ def write_random_checkpoint(
 ) -> Path:
     """Write a checkpoint of the given NanoSizes into the folder `path`, and return the folder.
 
-    Every 8th layer is softmax attention. Neighbouring tensors lie in different shards. Without
-    `pinpoints` it gets the 28 released grids, in tiles of its own size. Tensors are drawn and
-    written a piece at a time, so memory stays at some 100 MB for each of `threads`, which write
-    shards side by side, however large the checkpoint is.
+    Neighbouring tensors lie in different shards. Without `pinpoints` it gets the 28 released grids,
+    in tiles of its own size. Tensors are drawn and written a piece at a time, so memory stays at
+    some 100 MB for each of `threads`, which write shards side by side, however large the checkpoint
+    is.
     """
     folder = Path(path)
     token_ids = write_configuration(
@@ -240,7 +241,7 @@ def _text_json(size: NanoSizes) -> dict[str, Any]:
     }
     return {
         "model_type": "minimax_text_01",
-        "attn_type_list": [int((i + 1) % 8 == 0) for i in range(size.layers)],
+        "attn_type_list": [int((i + 1) % size.softmax_every == 0) for i in range(size.layers)],
         "head_dim": size.head_dim,
         "hidden_act": "silu",
         "hidden_size": size.hidden_size,

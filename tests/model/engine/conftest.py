@@ -1,7 +1,7 @@
 """A tiny random checkpoint, requests for it, and the slow twin of the engine."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,13 +98,23 @@ def text_request(id: str, length: int, **sampling) -> Request:
     return Request(id=id, token_ids=tokens, sampling=Sampling(**sampling))
 
 
-@torch.inference_mode()
 def generate_slowly(
     decoder: Decoder,
     request: Request,
     may_follow: Callable[[Sequence[int]], Sequence[bool]] | None = None,
 ) -> tuple[int, ...]:
-    """One request alone: its whole prompt at once, then token by token. No engine.
+    """The tokens of one request alone."""
+    return tuple(token for token, _ in written_slowly(decoder, request, may_follow))
+
+
+@torch.inference_mode()
+def written_slowly(
+    decoder: Decoder,
+    request: Request,
+    may_follow: Callable[[Sequence[int]], Sequence[bool]] | None = None,
+) -> Iterator[tuple[int, float]]:
+    """The tokens and their log-probabilities of one request alone: its whole prompt at once, then
+    token by token. No engine.
 
     may_follow: which tokens of the vocabulary may follow these written ones.
     """
@@ -127,12 +137,14 @@ def generate_slowly(
         context += batch.lengths[0]
         draw = Draw(sampling.temperature, sampling.top_p, uniform(sampling.seed, context))
         logits = decoder.logits(hidden)
+        logprobs = torch.log_softmax(logits[0], dim=-1)
         if may_follow:
             logits[0, ~torch.tensor(may_follow(written))] = float("-inf")
         token = int(choose(logits, [draw])[0])
         written.append(token)
+        yield token, float(logprobs[token])
         if token in config.eos_token_ids or len(written) == sampling.max_new_tokens:
-            return tuple(written)
+            return
         hidden = decoder.embed(torch.tensor([token]))
 
 

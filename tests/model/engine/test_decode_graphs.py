@@ -13,7 +13,7 @@ import torch
 
 from model.engine import decode_graphs, rank
 from model.engine.config import EngineConfig
-from model.engine.decode_graphs import DecodeGraphs
+from model.engine.decode_graphs import DecodeGraphs, Recorder
 from model.engine.engine import Engine
 from model.engine.rank import Rank
 from model.layers import ragged
@@ -46,7 +46,14 @@ class Again:
 
 @pytest.fixture
 def again(monkeypatch) -> Again:
-    recorder, of_columns = Again(), RaggedBatch.of_columns
+    recorder = Again()
+    record_on_cpu(monkeypatch, lambda: recorder)
+    monkeypatch.setattr(ragged, "_LEAST_TABLE", 1)  # so that short texts outgrow it
+    return recorder
+
+
+def record_on_cpu(monkeypatch, recorder_for_rank: Callable[[], Recorder | None]) -> None:
+    of_columns = RaggedBatch.of_columns
 
     def with_contexts_of_the_device(lengths, _, columns):
         # The plain layers go by those of the host, which are of the day a graph was recorded.
@@ -54,9 +61,7 @@ def again(monkeypatch) -> Again:
 
     monkeypatch.setattr(RaggedBatch, "of_columns", with_contexts_of_the_device)
     monkeypatch.setattr(decode_graphs, "launches_alone", lambda *_: True)
-    monkeypatch.setattr(rank, "recorder_for", lambda _: recorder)
-    monkeypatch.setattr(ragged, "_LEAST_TABLE", 1)  # so that short texts outgrow it
-    return recorder
+    monkeypatch.setattr(rank, "recorder_for", lambda _: recorder_for_rank())
 
 
 def _config(checkpoint, **settings: Any) -> EngineConfig:
