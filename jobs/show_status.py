@@ -65,8 +65,9 @@ def _pace(status: "Status") -> str:
     if status.pace is None:
         return "not known: too few units done in the last minutes" if status.alive else ""
     end = "" if status.alive else f" until {_utc(status)}"
-    rate, minutes = status.pace.rows_per_second, status.pace.seconds / 60
-    return f"{rate:,.2f} rows/s over {minutes:,.1f} minutes{end}"
+    rate, seconds = status.pace.rows_per_second, status.pace.seconds
+    span = f"{seconds:,.1f} seconds" if seconds < 60 else f"{seconds / 60:,.1f} minutes"
+    return f"{rate:,.2f} rows/s over {span}{end}"
 
 
 def _utc(status: "Status") -> str:

@@ -29,6 +29,7 @@ class OutputFolder:
     def __init__(self, output: str, endpoint_url: str | None = None) -> None:
         self.fs, self.root = open_fs(output, endpoint_url)
         self.output = full_address(self.fs, self.root)
+        self.foreign: str | None = None  # a file that `prepare` found in a new OUT
 
     def prepare(self) -> None:
         """Makes sure that OUT can be written and is ours or empty. Raises ConfigError."""
@@ -65,6 +66,8 @@ class OutputFolder:
                     f"{self.output} already holds Parquet files that are not of this tool "
                     f"({name}); give an empty folder"
                 )
+            if self.foreign is None and not any(step[0] in "._" for step in name.split("/")):
+                self.foreign = name
 
     # Files
 
@@ -82,7 +85,10 @@ class OutputFolder:
 
     def read(self, name: str) -> bytes:
         """A file of _vl01. Raises FileNotFoundError."""
-        data: Any = patiently(lambda: self.fs.cat_file(self._path(name)))
+        try:
+            data: Any = patiently(lambda: self.fs.cat_file(self._path(name)))
+        except NotADirectoryError as error:  # OUT is a file
+            raise FileNotFoundError(self._path(name)) from error
         return data
 
     def write(self, name: str, data: bytes) -> None:

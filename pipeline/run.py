@@ -6,7 +6,7 @@ Ray Data carries the rows as far as GENERATED. This process, which holds the lea
 gathers them into units and commits each unit once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -110,19 +110,29 @@ def plan_or_resume(
     source: Source,
     ledger: Ledger,
     lease: Lease,
-    note: Callable[[list[str]], None],
+    note: Callable[[Iterable[str]], None],
 ) -> Growth | None:
     """Opens the plan; what it grew by if the job says so and there was one already. `note` is told
-    what a new plan leaves out. Raises ConfigError if OUT holds another job."""
+    what is odd where a run begins. Raises ConfigError if OUT holds another job."""
     fingerprint = job.fingerprint(model_revision(job))
     planned = ledger.resume(fingerprint)
     if not planned:
         plan = Plan.of(job, source)
         ledger.create(job, fingerprint, plan, lease.run)
-        if plan.unread:
-            note([f"not read, for their names: {endings(plan.unread)}"])
+        note(_oddities(plan, ledger))
     ledger.clean_up()
     return ledger.grow(job, source) if planned and job.grow else None
+
+
+def _oddities(plan: Plan, ledger: Ledger) -> Iterator[str]:
+    """What a user may not have meant, though a run goes well with it."""
+    if plan.unread:
+        yield f"not read, for their names: {endings(plan.unread)}"
+    if ledger.foreign:
+        yield (
+            f"{ledger.output} holds other files too, such as {ledger.foreign}: pyarrow and pandas"
+            " take every file of a folder for rows, so OUT is better a folder of its own"
+        )
 
 
 def _foretold(

@@ -127,3 +127,16 @@ def test_status_says_when_rows_are_scaled_up_and_when_the_run_will_end(capsys):
     assert "10.00 rows/s over 10.0 minutes" in shown
     assert "1,000 units, about 33 min" in shown
     assert "process 42 on node-7" in shown
+
+
+def test_a_pace_of_seconds_is_not_over_0_minutes(capsys):
+    show_status(Status("out", 1, 1, 0, 1, 9, {"ok": 9}, {}, None, Pace(4.5, 0.5, 2.0), None, False))
+    assert "4.50 rows/s over 2.0 seconds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "report", "retry"])
+def test_a_file_is_no_dataset_and_not_a_broken_one(vl01, tmp_path, command):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    code, _, err = vl01(command, tmp_path / "a.jpg")
+    assert code == ExitCode.USAGE
+    assert "a.jpg holds no dataset of this tool" in err

@@ -1,4 +1,5 @@
-"""CPUs are kept for rendering wherever there are pages to render, and nowhere else."""
+"""CPUs are kept for rendering wherever there are pages to render, and nowhere else; and a run says
+what is odd where it begins."""
 
 from pathlib import Path
 
@@ -6,11 +7,13 @@ import pyarrow as pa
 import pytest
 
 from model.nano.random_checkpoint import write_random_checkpoint
+from pipeline import lease
 from pipeline.estimate.estimate import foretold
+from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.model import model_revision, open_model
 from pipeline.plan import Plan, plan_table
-from pipeline.run import has_documents
+from pipeline.run import has_documents, plan_or_resume
 from pipeline.sources import open_source
 from schemas.ledger import Unit, UnitKind
 from tests.documents import pdf, tiff
@@ -61,3 +64,23 @@ def test_names_tell_of_documents_where_nothing_is_looked_into(tmp_path):
     assert not has_documents(names_of(lists, "urls.txt", "http://a/b.jpg"), None)
     assert not has_documents(names_of(tar, "x.tar", "a.jpg"), None)
     assert not has_documents(names_of(UnitKind.IMAGES, "a.jpg"), None)
+
+
+def test_files_left_out_and_files_that_are_in_the_way_of_readers_are_told_once(
+    tmp_path, checkpoint, monkeypatch
+):
+    """pandas and pyarrow fail on a dataset that shares its folder with other files."""
+    monkeypatch.setattr(lease, "_SETTLE_S", 0.0)
+    write_folder(tmp_path / "in", good_images(2))
+    (tmp_path / "in/a.heic").write_bytes(b"x")
+    write_folder(tmp_path / "out", [(".hidden", b""), ("_logs.txt", b""), ("notes.txt", b"")])
+    job = job_of(tmp_path / "in", tmp_path / "out").model_copy(update={"model": str(checkpoint)})
+    told: list[str] = []
+    for _ in range(2):
+        ledger = Ledger(job.output)
+        ledger.prepare()
+        with Lease(ledger) as held:
+            plan_or_resume(job, open_source(job.source), ledger, held, told.extend)
+    assert len(told) == 2
+    assert told[0] == "not read, for their names: 1 .heic"
+    assert "holds other files too, such as notes.txt" in told[1]
