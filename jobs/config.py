@@ -21,6 +21,7 @@ from jobs.extract import is_content
 from jobs.task import Task
 from schemas.errors import ConfigError
 from schemas.job import KEYS, RETRY_MAY_CHANGE, Job
+from schemas.ladder import Step
 
 TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK, ocr.TASK, extract.TASK)}
 
@@ -86,8 +87,7 @@ def _make_job(values: dict[str, Any], folder: Path, name: Callable[[str], str]) 
     try:
         job = Job.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(details, name) for details in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError("\n".join(_lines(error.errors(), name))) from None
     return job.model_copy(
         update={key: absolute_address(getattr(job, key), folder) for key in ADDRESSES}
     )
@@ -110,6 +110,19 @@ def absolute_address(address: str, folder: Path) -> str:
     return os.path.abspath(folder / os.path.expanduser(address))
 
 
+def _lines(errors: list[ErrorDetails], name: Callable[[str], str]) -> list[str]:
+    """A line for each mistake: a list is not also called too short for an item that is wrong."""
+    places = [details["loc"] for details in errors]
+    return [
+        _explain(details, name)
+        for details in errors
+        if not (
+            details["type"] == "too_short"
+            and any(details["loc"] == place[:-1] for place in places if place)
+        )
+    ]
+
+
 def _explain(details: ErrorDetails, name: Callable[[str], str]) -> str:
     """One line for one of pydantic's complaints."""
     key, *place = details["loc"]
@@ -118,11 +131,17 @@ def _explain(details: ErrorDetails, name: Callable[[str], str]) -> str:
         return _unknown_key(key)
     where = name(key) + "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in place)
     if details["type"] == "extra_forbidden":
-        return f"{where} is not known"
+        near = difflib.get_close_matches(str(place[-1]), Step.model_fields, n=1)
+        known = (
+            f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(Step.model_fields)
+        )
+        return f"{where} is not known; {known}"
     if details["type"] == "missing":
         return f"{where} is missing" + (f": {KEYS[key].description}" if not place else "")
     # "Input should be a valid integer, unable to parse ...": what is wanted is in the middle.
     wanted = re.sub(r"^.* should |, (unable|got) .*$", "", details["msg"]).replace("tuple", "list")
+    if details["type"] == "tuple_type":  # of a key whose flag is given once for each value
+        wanted = f"be a list: [{details['input']}]"
     return f"{where} is {details['input']!r}; it should {wanted}"
 
 

@@ -201,7 +201,7 @@ def _undecodable(name: str, error: Exception) -> RowError:
 
 def _recognise(start: bytes) -> str:
     if not start:
-        raise RowError(Reason.EMPTY_FILE, "0 bytes; expected an image")
+        raise RowError(Reason.EMPTY_FILE, "0 bytes; expected an image or a document")
     for name, offset, signatures in _SIGNATURES:
         if start[offset:].startswith(signatures):
             return name

@@ -54,7 +54,7 @@ def test_every_mistake_is_named_in_a_line_of_its_own(tmp_path):
     lines = refusal(tmp_path, "source: a\nmodel: m\npp: 0\nkeep: url\n").splitlines()
     assert [line.removeprefix(f"{tmp_path}/job.yaml: ") for line in lines] == [
         "output is missing: the folder of the dataset that is written",
-        "keep is 'url'; it should be a valid list",
+        "keep is 'url'; it should be a list: [url]",
         "pp is 0; it should be greater than or equal to 1",
     ]
 
@@ -206,11 +206,17 @@ def test_the_ladder_is_part_of_the_fingerprint_and_survives_being_stored(tmp_pat
         ("ladder: [{when: [repetitoin]}]", "ladder[0].when[0] is 'repetitoin'; it should be"),
         ("ladder: [{turn: 90}]", "ladder[0].when is missing"),
         ("ladder: [{when: [], turn: 90}]", "ladder[0].when is []; it should have at least 1"),
-        ("ladder: [{when: [empty], trun: 90}]", "ladder[0].trun is not known"),
+        (
+            "ladder: [{when: [empty], trun: 90}]",
+            "ladder[0].trun is not known; did you mean 'turn'?",
+        ),
         ("ladder: [{when: [empty], turn: 45}]", "ladder[0].turn is 45; it should be 90, 180 or"),
         ("retries: -1", "retries is -1; it should be greater than or equal to 0"),
         ("dedupe: yes", "dedupe is True; it should be 'exact' or 'none'"),
     ],
 )
 def test_a_wrong_ladder_is_one_clear_line(tmp_path, line, expected):
-    assert f"{tmp_path}/job.yaml: {expected}" in refusal(tmp_path, REQUIRED + line)
+    refused = refusal(tmp_path, REQUIRED + line)
+    assert f"{tmp_path}/job.yaml: {expected}" in refused
+    if "trun" not in line:
+        assert len(refused.splitlines()) == 1
