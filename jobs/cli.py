@@ -213,7 +213,11 @@ def _run(job: Job) -> NoReturn:
     show.summary(summary)
     if summary.rows:  # else a scheduled run that found nothing new would take as long as its report
         report_after_run(job, summary.units)
-    raise typer.Exit(ExitCode.STRICT if summary.failed_in_all else ExitCode.OK)
+    if failed := summary.failed_in_all:
+        told = "1 row of OUT has" if failed == 1 else f"{failed:,} rows of OUT have"
+        show.error(f"--strict: {told} failed; vl01 retry {job.output} does such rows again")
+        raise typer.Exit(ExitCode.STRICT)
+    raise typer.Exit
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

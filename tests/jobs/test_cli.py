@@ -188,6 +188,11 @@ def test_the_exit_code_says_how_a_run_ended(vl01, flow, answer, flags, expected)
         assert (str(answer) or "the same command goes on") in err
 
 
+def test_a_strict_run_that_finds_nothing_to_do_says_why_it_fails(vl01, flow):
+    flow.answer = Summary("out", 2, failed_in_all=3)
+    assert "--strict: 3 rows of OUT have failed; vl01 retry" in vl01(*CAPTION, "--strict")[2]
+
+
 @pytest.mark.parametrize("how", ["flag", "variable"])
 def test_the_traceback_of_an_error_can_be_had(flow, monkeypatch, how):
     monkeypatch.setenv("VL01_DEBUG", "1" if how == "variable" else "0")
