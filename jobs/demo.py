@@ -147,13 +147,19 @@ def show_answers(truths: Truths) -> None:
         show(task, row, answers(page.content)[task].text)
         if (name, task) not in SHOWN[:number]:
             answered += [
-                Answered(i, task, answers(page.content)[task].text, row["text"] or "")
+                Answered(
+                    i,
+                    task,
+                    answers(page.content)[task].text,
+                    row["text"] or "",
+                    held="extract" in task,
+                )
                 for i, (row, page) in enumerate(known)
             ]
     found = score(answered)
     console.print(
         f"\nOf all {found.pages} pages: {1 - found.character_errors:.1%} of characters, "
-        f"{found.fields:.1%} of fields, {found.descriptions:.1%} of sentences are right."
+        f"{found.held_fields:.1%} of fields, {found.descriptions:.1%} of sentences are right."
     )
 
 

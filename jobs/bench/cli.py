@@ -42,11 +42,11 @@ _QUALITY = """Measure how well a checkpoint reads.
 
 Draws receipts, invoices, letters, forms, tables and texts that are always
 the same for a seed and that the small checkpoint was not trained on, asks
-for their text, their fields and a description, and counts what is wrong:
-once in fonts of its training, once in a font it has never seen. Finer than
-the answers is the loss of the truth: nats for each token of it, given those
-before. For any checkpoint and any setting of the engine; the table is in
-Markdown.
+for their text, their fields (held to the schema, as vl01 extract does, and
+free) and a description, and counts what is wrong: once in fonts of its
+training, once in a font it has never seen. Finer than the answers is the
+loss of the truth: nats for each token of it, given those before. For any
+checkpoint and any setting of the engine; the table is in Markdown.
 
 --compare settings measures int8, chunks of 128 tokens, 4 ranks and the
 other device beside what was asked for; --compare faults puts mistakes into

@@ -11,11 +11,14 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
+from jobs import extract
 from model.config import load_config
 from model.engine.config import EngineConfig
 from model.nano.answer_loss import AnswerLoss, answer_loss
 from model.nano.faults import FAULTS, Fault
 from model.nano.quality import FONTS, Answered, Score, ask, held_out_pages, score
+from model.nano.tasks import prompts
+from schemas.extraction import load_schema
 
 SHORT_CHUNKS = 128  # tokens: the shortest that the engine takes
 
@@ -87,15 +90,28 @@ def measure(chosen: Iterable[Setting], asked: Asked) -> Iterator[Measured]:
     }
     for setting in chosen:
         for fonts, drawn in pages.items():
-            answered = ask(setting.config, drawn, asked.max_new_tokens, setting.fault)
+            answered = ask(
+                setting.config, drawn, asked.max_new_tokens, setting.fault, json_schemas()
+            )
             loss = answer_loss(setting.config, drawn, setting.fault)
             yield Measured(setting, fonts, score(answered), loss, answered)
+
+
+def json_schemas() -> dict[str, str]:
+    """What `vl01 extract` holds its answers to."""
+    schemas = {}
+    for task in prompts():
+        if (name := task.removeprefix("extract ")) != task:
+            asked = extract.complete({"schema": name, "prompt": ""}, Path())
+            schemas[task] = load_schema(asked["schema"]).json_schema
+    return schemas
 
 
 def table(measured: Iterable[Measured]) -> Table:
     """In Markdown, for people and for files."""
     headings = (
-        "setting", "fonts", "pages", "characters wrong", "fields right", "descriptions right",
+        "setting", "fonts", "pages", "characters wrong", "fields right", "fields right, free",
+        "descriptions right",
         "nats a token of the truth", "tokens wrong, given those before",
     )  # fmt: skip
     drawn = Table(*headings, box=MARKDOWN)
@@ -105,6 +121,7 @@ def table(measured: Iterable[Measured]) -> Table:
             each.fonts,
             str(each.score.pages),
             f"{each.score.character_errors:.2%}",
+            f"{each.score.held_fields:.1%}",
             f"{each.score.fields:.1%}",
             f"{each.score.descriptions:.1%}",
             f"{each.loss.nats:.4f}",

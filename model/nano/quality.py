@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -20,6 +20,7 @@ from model.tokenizer import Tokenizer
 from schemas.errors import ConfigError
 from schemas.requests import Request, Sampling
 
+NO_SCHEMAS: Mapping[str, str] = {}
 _FORMS = (SLIP, RECEIPT, RECEIPT, PORTRAIT, PORTRAIT, LANDSCAPE)
 
 # Of the fonts that are everywhere; the last one is in no page of training.
@@ -32,22 +33,30 @@ FONTS = {
 @dataclass(frozen=True)
 class Score:
     """Of one set of pages. character_errors: edits a character of the truth, over all pages.
-    fields: the share of fields that are exactly right. descriptions: of sentences, likewise."""
+    fields: the share of fields that are exactly right. held_fields: of those in answers that were
+    held to their JSON Schema. descriptions: of sentences, likewise."""
 
     pages: int
     character_errors: float
     fields: float
+    held_fields: float
     descriptions: float
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One question: the page's number, what was asked, what it says, what the model wrote."""
+    """One question: the page's number, what was asked, what it says, what the model wrote.
+    held: to the JSON Schema of the task."""
 
     page: int
     task: str
     truth: str
     answer: str
+    held: bool = False
+
+    @property
+    def is_extract(self) -> bool:
+        return self.task.startswith("extract")
 
 
 def held_out_pages(count: int, families: Sequence[Family], seed: int = 0) -> list[Page]:
@@ -73,9 +82,11 @@ def ask(
     pages: Sequence[Page],
     max_new_tokens: int = 1024,
     fault: Fault | None = None,
+    json_schemas: Mapping[str, str] = NO_SCHEMAS,
 ) -> list[Answered]:
-    """Everything that can be asked of the pages, of one engine, greedily. fault: is done to its
-    layers first. Raises ConfigError for a fault to several ranks, which are other processes."""
+    """Everything that can be asked of the pages, of one engine, greedily; tasks with a JSON Schema
+    twice, free and held to it. fault: is done to its layers first. Raises ConfigError for a fault
+    to several ranks, which are other processes."""
     pinpoints = load_config(config.checkpoint).pinpoints
     tokenizer = Tokenizer.from_checkpoint(config.checkpoint)
     templates = {task: tokenizer.prompt_template(text) for task, text in prompts().items()}
@@ -83,11 +94,12 @@ def ask(
     for number, page in enumerate(pages):
         cut = prepare_image(png(page), pinpoints)
         for task, truth in answers(page.content).items():
-            key = f"{number} {task}"
-            questions[key] = Answered(number, task, truth.text, answer="")
             ids = templates[task].fill(cut.layout.tokens)
-            sampling = Sampling(max_new_tokens=max_new_tokens)
-            requests.append(Request(key, ids, cut.tiles, (cut.width, cut.height), sampling))
+            for schema in (None, json_schemas[task]) if task in json_schemas else (None,):
+                key = f"{len(requests)}"
+                questions[key] = Answered(number, task, truth.text, "", held=schema is not None)
+                sampling = Sampling(max_new_tokens=max_new_tokens, json_schema=schema)
+                requests.append(Request(key, ids, cut.tiles, (cut.width, cut.height), sampling))
     if fault and config.ranks > 1:
         raise ConfigError(f"a fault goes into layers of this process: 1 rank, not {config.ranks}")
     with Engine(config) as engine:
@@ -104,12 +116,13 @@ def score(answered: Sequence[Answered]) -> Score:
         raise ValueError("no answers to score; expected at least one page")
     read = [a for a in answered if a.task == "read"]
     errors = sum(edits(a.truth, a.answer) for a in read)
-    extracted = [fields_right(a.truth, a.answer) for a in answered if "extract" in a.task]
+    extracted = [(a.held, fields_right(a.truth, a.answer)) for a in answered if a.is_extract]
     described = [a.truth == a.answer for a in answered if a.task == "describe"]
     return Score(
         pages=len(read),
         character_errors=errors / max(1, sum(len(a.truth) for a in read)),
-        fields=_share(extracted),
+        fields=_share(fields for held, fields in extracted if not held),
+        held_fields=_share(fields for held, fields in extracted if held),
         descriptions=_share((int(right), 1) for right in described),
     )
 

@@ -37,7 +37,7 @@ def test_a_checkpoint_that_cannot_read_gets_no_marks(checkpoint, tmp_path, capsy
         assert each["pages"] == 2
         assert each["answer_loss"]["nats"] > 3
         assert each["character_errors"] > 0.5
-        assert each["fields"] == each["descriptions"] == 0
+        assert each["fields"] == each["held_fields"] == each["descriptions"] == 0
     told = [json.loads(line) for line in answers.open()]
     assert {each["task"] for each in told} <= set(prompts())
     assert all(each["truth"] for each in told)

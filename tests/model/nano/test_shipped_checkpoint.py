@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import model.nano
+from jobs.bench.quality import json_schemas
 from model.engine.config import EngineConfig
 from model.nano.answer_loss import answer_loss
 from model.nano.faults import FAULTS
@@ -16,7 +17,7 @@ CHECKPOINT = Path(model.nano.__path__[0]) / "checkpoint"
 
 # Beyond what was measured of these very pages on a CPU, which stands behind each.
 MOST_CHARACTERS_WRONG = 0.05  # 0.0368
-LEAST_FIELDS_RIGHT = 0.95  # 1.0
+LEAST_FIELDS_RIGHT = 0.95  # 1.0, free and held
 MOST_NATS = 0.06  # 0.0351
 MOST_NATS_OF_INT8 = 0.01  # 0.0013, int8-dynamic
 LEAST_NATS_OF_A_FAULT = 1.0  # 2.2, tiles in wrong order
@@ -44,9 +45,9 @@ def loss(config, small):
 
 
 def test_it_reads(config, pages):
-    read = score(ask(config, pages))
+    read = score(ask(config, pages, json_schemas=json_schemas()))
     assert read.character_errors <= MOST_CHARACTERS_WRONG
-    assert read.fields >= LEAST_FIELDS_RIGHT
+    assert min(read.fields, read.held_fields) >= LEAST_FIELDS_RIGHT
 
 
 def test_the_truth_does_not_surprise_it(loss):
