@@ -206,7 +206,7 @@ def _run(job: Job) -> NoReturn:
         from pipeline.early import check
 
         check(job)
-        with show.starting():
+        with show.busy("starting"):
             from pipeline.run import run
 
         summary = run(job)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from jobs import show_plan
+from jobs import show, show_plan
 from jobs.config import TASKS, job_from_file, job_from_flags
 from jobs.flags import Debug, JobFile, with_flags, with_parameters
 from jobs.task import Task
@@ -70,10 +70,11 @@ def _command(job_of: Callable[[dict[str, Any]], Job]) -> Callable[..., None]:
 
         job = job_of(values)
         check(job)
-        from pipeline.estimate.estimate import estimate
+        with show.busy("listing the source, reading headers"):
+            from pipeline.estimate.estimate import estimate
 
-        assumed = Assumptions(gpu_memory_gib, gpu_hour_price, tokens_per_second, bench)
-        found = estimate(job, assumed)
+            assumed = Assumptions(gpu_memory_gib, gpu_hour_price, tokens_per_second, bench)
+            found = estimate(job, assumed)
         if json:
             show_plan.write_json(found, json)
         if json != "-":

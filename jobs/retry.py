@@ -63,7 +63,7 @@ def retry(
     if not changed and {Status.TRUNCATED, Status.INVALID} & {*status}:
         show.asked_the_same(job)
     with resumable():
-        with show.starting():
+        with show.busy("starting"):
             from pipeline.retry import Choice, retry
 
         summary = retry(job, Choice(frozenset(status), frozenset(reason)), changed)

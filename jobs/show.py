@@ -26,10 +26,10 @@ def error(message: str, advice: str = "") -> None:
         console.print(escape(advice), style="dim", highlight=False)
 
 
-def starting() -> AbstractContextManager[object]:
-    """A sign of life in a terminal, while libraries are imported that take seconds."""
+def busy(what: str) -> AbstractContextManager[object]:
+    """A sign of life in a terminal, for what takes seconds: imports of libraries, a plan."""
     console = Console(stderr=True)
-    return console.status("starting") if is_live(console) else nullcontext()
+    return console.status(what) if is_live(console) else nullcontext()
 
 
 def passed_on(text: str) -> None:
@@ -64,8 +64,8 @@ def growth(found: Growth) -> str:
     counts = {
         "new": found.new_files,
         "changed": found.changed_files,
-        "gone, which keep their rows": found.gone_files,
-        "written too recently (--settle-seconds), which wait for the next run": found.waiting_files,
+        "gone (their rows stay)": found.gone_files,
+        "written too recently (--settle-seconds), left for the next run": found.waiting_files,
     }
     told = [f"{count(number, 'file')} {what}" for what, number in counts.items() if number]
     return "; ".join(told) or "nothing is new or changed"

@@ -102,7 +102,8 @@ class TimeEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """units: still to do; units_done: committed by earlier runs on this output.
+    """units: still to do; units_done: of those planned, done by earlier runs on this output, and
+    not to be done again.
 
     unread: files of a source not planned before that are left out for their names, by ending.
     growth: what the source has grown by since it was planned; None if the job does not say so.

@@ -51,7 +51,7 @@ def estimate(job: Job, assumptions: Assumptions) -> Estimate:
         growth = ledger.find_growth(job, source, Path(folder))
         units = chain(_pending(ledger), _grown(ledger, Path(folder)))
         told = foretell(job, model, source, units, ledger, assumptions)
-    return replace(told, growth=growth)
+    return replace(told, growth=growth, units_done=growth.totals.units - told.units)
 
 
 def foretold(job: Job, model: Model, source: Source, ledger: Ledger, pending: pa.Table) -> Foretold:

@@ -145,6 +145,8 @@ def _alike(job: Job, run: RunRecord) -> bool:
     """Whether a run did something, as the job would do it."""
     if not (_tokens(run) and _answered(run) and run.seconds and run.hardware):
         return False
+    if run.changed:  # a retry with longer answers, say
+        return False
     same_device = job.device in ("auto", run.hardware.device)
     same_replicas = job.replicas in ("auto", run.hardware.replicas)
     return same_device and same_replicas and job.pp == run.hardware.ranks

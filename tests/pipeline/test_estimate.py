@@ -431,7 +431,7 @@ def test_what_a_source_has_grown_by_is_planned_and_nothing_is_written(tmp_path, 
     assert told.growth is not None
     assert (told.growth.new_files, told.growth.changed_files) == (6, 1)
     assert sum(kind.rows for kind in told.rows.values()) == 7
-    assert (told.units, told.units_done) == (2, 3)
+    assert (told.units, told.units_done) == (2, 2)  # one of the three is to be done again
 
 
 def test_a_cluster_that_is_too_small_stops_the_plan(tmp_path, job, monkeypatch):

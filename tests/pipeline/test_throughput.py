@@ -90,6 +90,17 @@ def test_the_table_is_silent_about_what_it_did_not_measure(text, keys):
     assert found(job(**keys), text) is None
 
 
+def test_a_retry_with_longer_answers_does_not_tell_the_length_of_those_of_the_job():
+    hardware = Hardware("cpu", 1, 1, 1)
+    plain = RunRecord("1", "", "", 100.0, {"ok": 10}, 1000, 200, {}, hardware)
+    retry = replace(
+        plain, run="2", what="retry", output_tokens=9000, changed={"max_new_tokens": 900}
+    )
+    told = _of_runs(job(device="cpu"), [plain, retry], "")
+    assert told is not None
+    assert told.output_tokens == 20
+
+
 def test_a_bench_of_this_machine_is_taken_for_the_whole_network(text, tmp_path):
     path = bench_file(tmp_path)
     told = found(job(pp=4), text, bench=str(path))
