@@ -461,13 +461,34 @@ def test_whatever_the_engine_may_write_is_taken_and_valid(seed):
         jsonschema.validate(found, json.loads(json.dumps(schema), parse_float=Decimal))
 
 
-def walked(json_schema: str, rng: np.random.Generator) -> str:
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_follows_the_schema_may_be_written(seed):
+    """Or the model would have to write something else, and nobody would know."""
+    rng = random.Random(seed)
+    schema = random_schema(rng)
+    extraction = load_schema(json.dumps(schema))
+    for _ in range(5):
+        text = json.dumps(
+            json.loads(dump(random_value(schema, rng))), ensure_ascii=False, separators=(",", ":")
+        )
+        extraction.parse(text)
+        _, matcher = held_to(extraction.json_schema)
+        accepted = matcher.try_consume_tokens(list(text.encode()))
+        assert (accepted, matcher.is_accepting()) == (len(text.encode()), True), text
+
+
+def held_to(json_schema: str) -> tuple[llguidance.LLTokenizer, llguidance.LLMatcher]:
+    """Byte by byte."""
     tokenizer = llguidance.LLTokenizer("byte")
     grammar = llguidance.LLMatcher.grammar_from_json_schema(
         json_schema,
         overrides={"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"},
     )
-    matcher = llguidance.LLMatcher(tokenizer, grammar)
+    return tokenizer, llguidance.LLMatcher(tokenizer, grammar)
+
+
+def walked(json_schema: str, rng: np.random.Generator) -> str:
+    tokenizer, matcher = held_to(json_schema)
     mask = allocate_token_bitmask(1, tokenizer.vocab_size)
     written = b""
     while True:

@@ -127,7 +127,7 @@ class Case:
             Capacity(slots=rng.choice([1, 3, 4, 5, 7]), blocks=rng.choice([*range(6, 11), 60])),
             late=config.ranks > 1 or rng.random() < 0.5,
             graphs=rng.random() < 0.5,
-            shortages=rng.choice([0, 0, 0, 1]) * (config.chunk_tokens >= 4 * BLOCK),
+            shortages=rng.choice([0, 0, 1]) * (config.chunk_tokens >= 4 * BLOCK),
         )
 
 
