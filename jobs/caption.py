@@ -16,7 +16,7 @@ TASK = Task(
         "'photos/2024/*.jpg' --output captions --model /models/vl01",
         "cats.parquet --output cats --model /models/vl01 --keep url \\\n"
         "      --prompt 'Which breed is this cat?'",
-        "links.csv --uri-column link --output linked --model /models/vl01 --keep id",
+        "links.csv --uri-column link --keep id --output linked \\\n      --model /models/vl01",
         "s3://bucket/shards --output s3://bucket/captions \\\n"
         "      --model /models/vl01 --pp 4 --replicas 2",
     ),

@@ -72,7 +72,7 @@ _RUN = f"""Run the job in a YAML file: for scheduled runs.
   output: captions/$DATE     # from the environment; ~ is the home folder
   model: ~/models/vl01
   pp: 8
-  keep: \\[url, license]      # --keep url --keep license
+  keep: \\[url, license]       # --keep url --keep license
   ladder:                    # what is tried again; each task has its own
     - {{when: \\[repetition], temperature: 0.4}}
     - {{when: \\[unsure, empty], unsure_below: -1.0, turn: 180}}

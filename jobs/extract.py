@@ -93,7 +93,8 @@ TASK = Task(
         "'scans/*.jpg' --output fields --schema policy.json \\\n"
         "      --model /models/vl01 --pp 4 --replicas 2",
         "pages.parquet --output tables --schema table \\\n"
-        "      --model /models/vl01 --prompt 'Read the largest table of the page: {fields}'",
+        "      --model /models/vl01 \\\n"
+        "      --prompt 'Read the largest table of the page: {fields}'",
     ),
     notes=_NOTES,
     needs=("schema",),

@@ -1,7 +1,9 @@
 """`vl01 plan`: the same arguments as a run, or its job file; what is foretold is `pipeline`'s."""
 
+import difflib
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +22,9 @@ class _FileByDefault(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in {*self.commands, *ctx.help_option_names}:
-            args = ["run", *args]
+            misspelt = difflib.get_close_matches(args[0], self.commands)
+            if not misspelt or Path(args[0]).exists():
+                args = ["run", *args]
         return super().parse_args(ctx, args)
 
 

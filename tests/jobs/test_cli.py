@@ -295,3 +295,15 @@ def test_the_version_is_told(vl01):
     code, out, _ = vl01("--version")
     assert code == 0
     assert out.startswith("vl01 0.")
+
+
+@pytest.mark.parametrize("command", ["caption", "ocr", "extract", "run", "retry", "plan", "submit"])
+def test_an_example_of_the_help_can_be_copied_from_a_terminal_of_80_columns(
+    vl01, monkeypatch, command
+):
+    """A line that is broken by the terminal is two commands."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = vl01(command, "--help")[1].splitlines()
+    start = next(n for n, line in enumerate(lines) if line.strip().startswith("Example")) + 1
+    end = next(n for n, line in enumerate(lines) if n > start and not line.strip())
+    assert all(line.startswith("   ") for line in lines[start:end])

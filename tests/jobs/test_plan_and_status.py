@@ -140,3 +140,11 @@ def test_a_file_is_no_dataset_and_not_a_broken_one(vl01, tmp_path, command):
     code, _, err = vl01(command, tmp_path / "a.jpg")
     assert code == ExitCode.USAGE
     assert "a.jpg holds no dataset of this tool" in err
+
+
+def test_a_misspelt_task_is_not_taken_for_a_job_file(vl01, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, _, err = vl01("plan", "captoin", "photos", "--output", "out")
+    assert "No such command 'captoin'. Did you mean 'caption'?" in err
+    (tmp_path / "captoin").write_text("pp: 1")
+    assert "captoin: " in vl01("plan", "captoin")[2]
