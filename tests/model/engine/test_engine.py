@@ -108,6 +108,38 @@ def test_a_preempted_row_writes_the_same_tokens(
     assert results == alone | {request.id: expected[request.id] for request in small}
 
 
+def test_an_engine_that_starts_over_keeps_nothing_of_preempted_rows(checkpoint, decoder, model):
+    growing = [text_request(f"growing-{n}", 50 + n, max_new_tokens=90) for n in range(5)]
+    settings = tight_memory(model, range(model.text.num_layers), slots=4, blocks=7)
+    results = []
+    with Engine(_config(checkpoint, **settings)) as engine:
+        for request in growing:
+            engine.add(request)
+        while not _rank(engine)._saved:
+            results += engine.step()
+        engine._start_over("injected")
+        assert not _rank(engine)._saved
+        while engine.unfinished:
+            results += engine.step()
+    assert token_ids(results) == {each.id: generate_slowly(decoder, each) for each in growing}
+
+
+def test_an_engine_that_starts_over_keeps_nothing_of_images(checkpoint, requests, expected):
+    longest = max(requests, key=lambda request: len(request.token_ids))
+    with Engine(_config(checkpoint, chunk_tokens=256)) as engine:
+        engine.add(longest)
+        engine.step()
+        assert _rank(engine)._features
+        engine._start_over("injected")
+        assert not _rank(engine)._features
+        assert token_ids(list(engine.generate([]))) == {longest.id: expected[longest.id]}
+
+
+def _rank(engine: Engine) -> Rank:
+    assert isinstance(engine._ranks, RankInProcess)
+    return engine._ranks._open_rank
+
+
 def test_requests_join_and_leave_while_others_are_generated(engine, requests, expected):
     results, waiting = [], list(requests)
     while waiting or engine.unfinished:
@@ -235,9 +267,7 @@ def test_tiles_are_sent_once_and_their_features_let_go(engine, requests):
     assert all(live.tiles_to_send is None for live in engine._live.values())
     while engine.unfinished:
         engine.step()
-    assert isinstance(engine._ranks, RankInProcess)
-    assert engine._ranks._rank is not None
-    assert not engine._ranks._rank._features
+    assert not _rank(engine)._features
 
 
 def test_a_failure_of_the_one_rank_is_an_engine_error(checkpoint, monkeypatch):
