@@ -70,6 +70,8 @@ def _connect(address: str) -> "JobSubmissionClient":
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
+    if ":" in address and "://" not in address:
+        address = f"http://{address}"  # Ray would look for its own server there, for 40 s
     try:
         return JobSubmissionClient(address)
     except Exception as error:  # connection, address and authentication errors of many classes

@@ -101,6 +101,14 @@ def test_a_cluster_that_is_not_there_is_a_usage_error():
         submit(JOB, "http://127.0.0.1:1", True, lambda text: None)
 
 
+def test_an_address_without_a_scheme_is_the_job_server_too_and_not_waited_for():
+    port = free_port()
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=f"Failed to connect.*http://127.0.0.1:{port}"):
+        submit(JOB, f"127.0.0.1:{port}", True, print)
+    assert time.monotonic() - started < 20
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
