@@ -81,7 +81,8 @@ def read_file(settings: ReadSettings, name: str) -> bytes:
     except RowError:
         raise
     except FileNotFoundError as error:
-        raise row_error(Reason.NOT_FOUND, f"there when planned, now gone: {path}") from error
+        gone = f"there when planned, now gone, or a link to nothing: {path}"
+        raise row_error(Reason.NOT_FOUND, gone) from error
     except Exception as error:  # storage clients raise far more than OSError
         raise row_error(Reason.READ_ERROR, error) from error
 

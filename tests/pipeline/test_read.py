@@ -79,6 +79,7 @@ def test_a_folder_gives_a_row_for_each_file_bad_ones_too(tmp_path):
     assert [row["reason"] for row in rows] == [None, None, "too_many_bytes", "not_found", None]
     assert "1,001 bytes" in rows[2]["message"]
     assert "--max-bytes" in rows[2]["message"]
+    assert "a link to nothing" in rows[3]["message"]
 
 
 def test_many_rows_come_in_small_tables(tmp_path):
