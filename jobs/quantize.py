@@ -102,6 +102,9 @@ class BytesProgress(Progress):
         with self._lock:
             self._bytes += size
 
+    def has_results(self) -> bool:
+        return self._bytes > 0
+
     def line(self) -> Text:
         seconds = time.monotonic() - self._begun
         parts = [

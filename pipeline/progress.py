@@ -58,7 +58,7 @@ class Progress:
         self._done.set()
         if self._live is not None:
             self._live.stop()
-        elif self._first_rows is not None:
+        elif self.has_results():
             self._console.print(self.line(), soft_wrap=True)
 
     def start(self, pending_units: int, phase: str) -> None:
@@ -88,6 +88,10 @@ class Progress:
 
     def committed(self, units: int) -> None:
         self.committed_units += units
+
+    def has_results(self) -> bool:
+        """Whether a last line tells a log more than the phase that it was told already."""
+        return self._first_rows is not None
 
     def line(self) -> Text:
         """What counts most comes first: a terminal of 80 columns cuts the rest."""
