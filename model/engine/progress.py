@@ -1,5 +1,6 @@
 """How far a rank has come, for a coordinator that asks whether it still comes on."""
 
+import sys
 import threading
 import time
 from typing import Any
@@ -10,6 +11,7 @@ from model.decoder import Decoder
 from model.engine.busy import BusyClock
 from model.engine.messages import Alive
 
+_COMPILER = "triton.compiler.compiler"
 _CPU_SECONDS = 0.1  # a step; a thread that waits for ever uses none
 
 
@@ -19,7 +21,6 @@ class Progress:
     def __init__(self) -> None:
         self._doing, self._waits = "starting", False
         self._steps = 0
-        self._compiles = False
         self._clock: BusyClock | None = None  # None until there is progress to be seen
 
     def follow(self, decoder: Decoder, device: torch.device) -> BusyClock:
@@ -31,10 +32,9 @@ class Progress:
             modules += decoder.vision_tower.layers
         for module in modules:
             module.register_forward_hook(self._step)
-        self._thread = time.pthread_getcpuclockid(threading.get_ident())
+        self._thread = threading.get_ident()
+        self._thread_clock = time.pthread_getcpuclockid(self._thread)
         self._clock = BusyClock(device)
-        if self._clock.on_cuda:
-            self._notice_compiling()
         return self._clock
 
     def at(self, doing: str, *, waits: bool = False) -> None:
@@ -46,32 +46,26 @@ class Progress:
         clock = self._clock
         if clock is None:
             return Alive(self._doing, None, waits=True, busy_seconds=0.0)
-        if self._compiles:
+        if clock.on_cuda and self._compiles():
             return Alive(f"compiling a kernel, {self._doing}", None, self._waits, clock.seconds)
         seconds, progress = clock.seconds, self._steps + clock.finished
         if not clock.on_cuda:
-            progress += int(time.clock_gettime(self._thread) / _CPU_SECONDS)
+            progress += int(time.clock_gettime(self._thread_clock) / _CPU_SECONDS)
         # The host may be done with what its device computes.
         waits = self._waits and not clock.device_computes
         return Alive(self._doing, progress, waits, seconds)
 
-    def _notice_compiling(self) -> None:
-        """The part of a layer that is the first to launch a kernel waits until it is compiled: a
-        second on an idle host, and far longer for several of them where all ranks do so at once.
+    def _compiles(self) -> bool:
+        """The part of a layer that is the first to launch a kernel waits until Triton compiled it:
+        a second on an idle host, and far longer for several where all ranks do so at once.
+
+        Read from the thread's stack: Triton 3.6 calls a hook only if a kernel's constants can be
+        written as JSON, and layouts cannot.
         """
-        try:
-            from triton import knobs  # pyright: ignore[reportMissingImports]
-        except ImportError:  # there are no kernels then
-            return
-
-        def begins(**_: Any) -> None:
-            self._compiles = True
-
-        def has_ended(**_: Any) -> None:
-            self._compiles = False
-
-        knobs.runtime.jit_cache_hook = begins
-        knobs.runtime.jit_post_compile_hook = has_ended
+        frame = sys._current_frames().get(self._thread)
+        while frame and frame.f_globals.get("__name__") != _COMPILER:
+            frame = frame.f_back
+        return frame is not None
 
     def _step(self, *_: Any) -> None:
         self._steps += 1

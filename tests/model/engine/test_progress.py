@@ -1,7 +1,8 @@
 """A rank in which Triton compiles a kernel is not taken for hung, and is watched again after."""
 
-import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,37 +25,43 @@ def after(progress: Progress, seconds: int) -> dict[int, str]:
     return hung([signs], patience=30)
 
 
-@pytest.fixture
-def runtime(monkeypatch) -> SimpleNamespace:
-    """Stands for Triton's, which is not there where there is no GPU."""
-    knobs = SimpleNamespace(runtime=SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(knobs=knobs))
-    return knobs.runtime
+@contextmanager
+def at_work_in(module: str, progress: Progress) -> Iterator[None]:
+    """A thread that computes a microbatch, and is now in a function of this module."""
+    done, there = threading.Event(), threading.Event()
+    functions: dict[str, Any] = {"__name__": module, "done": done, "there": there}
+    exec("def compile():\n    there.set()\n    done.wait()", functions)
+
+    def work() -> None:
+        progress.follow(NO_LAYERS, torch.device("cuda"))
+        progress.at("computing microbatch 7")
+        functions["compile"]()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    there.wait()
+    yield
+    done.set()
+    thread.join()
 
 
-def test_a_rank_that_compiles_a_kernel_for_long_is_not_hung_until_it_has(runtime):
+def test_a_rank_that_compiles_a_kernel_for_long_is_not_hung_until_it_has():
     progress = Progress()
-    progress.follow(NO_LAYERS, torch.device("cuda"))
-    progress.at("computing microbatch 7")
-    assert after(progress, 31) == {0: "no progress for 31 s, is computing microbatch 7"}
-    # Called with what is compiled, by name; only if it returns nothing is it compiled.
-    assert runtime.jit_cache_hook(key="", repr="", fn=None, compile={}) is None
-    assert progress.alive().doing == "compiling a kernel, computing microbatch 7"
-    assert after(progress, 6000) == {}
-    runtime.jit_post_compile_hook(key="", repr="", fn=None, compile={})
+    with at_work_in("triton.compiler.compiler", progress):
+        assert progress.alive().doing == "compiling a kernel, computing microbatch 7"
+        assert after(progress, 6000) == {}
     assert after(progress, 31) == {0: "no progress for 31 s, is computing microbatch 7"}
 
 
-def test_a_rank_on_cpu_or_without_triton_is_followed_all_the_same(runtime, monkeypatch):
-    Progress().follow(NO_LAYERS, torch.device("cpu"))
-    assert not vars(runtime)
-    monkeypatch.setitem(sys.modules, "triton", None)
-    Progress().follow(NO_LAYERS, torch.device("cuda"))
+def test_a_rank_that_hangs_where_a_kernel_is_launched_is_hung():
+    progress = Progress()
+    with at_work_in("triton.runtime.jit", progress):
+        assert after(progress, 31) == {0: "no progress for 31 s, is computing microbatch 7"}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_triton_says_when_it_compiles(monkeypatch, tmp_path):
+def test_a_kernel_that_triton_compiles_is_seen(monkeypatch, tmp_path):
     import triton  # pyright: ignore[reportMissingImports]
 
     from model.layers.kernels import linear
