@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.config import Residual, VL01Config
+from model.config import VL01Config
 from model.inputs.tiling import choose_layout
 from model.layers.lightning_attention import LightningAttention
 from model.layers.linear import Linear, Quantization, empty_weight
@@ -148,14 +148,13 @@ class DecoderLayer(nn.Module):
         )
         self.post_attention_layernorm = RMSNorm(text.hidden_size, text.rms_norm_eps, **where)
         self.moe = MixtureOfExperts(text, quantization=quantization, **where)
-        self.moe_residual = text.moe_residual
 
     def forward(self, x_TD: Tensor, batch: RaggedBatch, memory: LayerMemory) -> Tensor:
         x_TD = self.input_layernorm(x_TD)
         norm = self.post_attention_layernorm
         attended_TD = self.attention(x_TD, batch, memory)
         x_TD = residual_norm(x_TD, attended_TD, self.attention_residual, norm.weight, norm.eps)
-        return _add(self.moe_residual, x_TD, self.moe(x_TD))
+        return self.moe(x_TD)
 
 
 class Embedding(nn.Module):
@@ -167,9 +166,3 @@ class Embedding(nn.Module):
 
     def forward(self, ids_T: Tensor) -> Tensor:
         return functional.embedding(ids_T, self.weight)
-
-
-def _add(residual: Residual, x: Tensor, update: Tensor) -> Tensor:
-    if x.is_cuda and residual.beta == 1:
-        return torch.add(update, x, alpha=residual.alpha)  # one pass over memory instead of three
-    return residual.alpha * x + residual.beta * update

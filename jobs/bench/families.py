@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 # A kernel belongs to the first family one of whose words is in its name.
 _FAMILIES = {
     "int8 inputs": ("_to_int8",),
-    "MoE": ("_gate_up", "_down", "_sum_choices", "_rows", "_tiles", "softmax_warp", "TopK",
-            "bitonicSort"),
+    "MoE": ("_gate_up", "_down", "_sum_choices", "_rows", "_tiles", "_route",
+            "softmax_warp", "TopK", "bitonicSort"),
     "projections": ("_product", "_sum_parts", "_linear"),
     "lightning": ("_lightning_",),
     "softmax": ("_softmax_", "_write_keys_values", "_join_parts"),

@@ -281,7 +281,7 @@ def _finish_layer(
     layer: Any, x: Tensor, attended: Tensor, valid: Tensor, steps: Steps
 ) -> tuple[Tensor, Tensor]:
     norm, moe = layer.post_attention_layernorm, layer.moe
-    first, second = layer.attention_residual, layer.moe_residual
+    first, second = layer.attention_residual, layer.moe.residual
     return steps.finish(
         x.flatten(0, -2), attended, valid, first.alpha, first.beta, second.alpha, second.beta,
         norm.weight, norm.eps, moe.gate.weight, moe.w13, moe.w2, moe.top_k,

@@ -3,18 +3,27 @@
 import pytest
 import torch
 
+from model.config import Residual
 from model.layers import lightning_attention as slow_lightning
 from model.layers import linear as slow_linear
 from model.layers import moe as slow_moe
 from model.layers import norm as slow_norm
 from model.layers import softmax_attention as slow_softmax
+from model.layers.dispatch import plain_layers
 from model.layers.memory import RECENT_TOKENS
 from model.layers.ragged import BLOCK_TOKENS, RaggedBatch
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from model.layers.kernels import experts, int8_linear, lightning_attention, norm, paged_attention
+from model.layers.kernels import (
+    experts,
+    int8_linear,
+    lightning_attention,
+    norm,
+    paged_attention,
+    route,
+)
 from model.layers.kernels.experts import group_rows
 
 pytestmark = pytest.mark.gpu
@@ -107,6 +116,28 @@ def test_experts_of_int8_inputs_agree_with_the_loop_over_experts(tokens, skew):
     # A value in the middle of two levels may fall either way: rounded to bf16 first, or not.
     assert error(fast, slow) < 1e-2
     assert error(fast, slow_moe.experts(x.float(), chosen, weights, *stored)) < 3e-2
+
+
+@pytest.mark.parametrize(("count", "choices"), [(32, 2), (6, 3), (1, 1)])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 3000])
+def test_the_largest_logits_are_chosen_and_share_what_is_theirs(tokens, count, choices):
+    logits = random(tokens, count)  # in bf16 some are equal
+    chosen, weights = route(logits, choices)
+    order = logits.float().sort(dim=1, descending=True, stable=True).indices
+    assert torch.equal(chosen, order[:, :choices])
+    with plain_layers():
+        _, slow = slow_moe.route(logits, choices)
+    torch.testing.assert_close(weights, slow, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [3, 2000])
+def test_experts_are_added_to_their_input(tokens):
+    x = random(tokens, 256)
+    chosen, weights = route(random(tokens, 8), 2)
+    stored = (*random_int8(8, 768, 256), *random_int8(8, 256, 384))
+    residual = Residual(3.5, 0.7)
+    expected = 3.5 * x.double() + 0.7 * experts(x, chosen, weights, *stored).double()
+    assert error(experts(x, chosen, weights, *stored, residual=residual), expected) < 3e-3
 
 
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 5000])

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.config import Residual
 from model.layers.kernels.int8 import load_weight, settle
 from model.layers.kernels.linear import prompts
 
@@ -51,9 +52,11 @@ SORT_ROWS = 256
 def experts(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor,
     w13_EFD: Tensor, w13_scale_EF1: Tensor | None, w2_EDF: Tensor, w2_scale_ED1: Tensor | None,
-    *, quantize_x: bool = False, config: ExpertsConfig | None = None,
+    *, residual: Residual | None = None, quantize_x: bool = False,
+    config: ExpertsConfig | None = None,
 ) -> Tensor:  # fmt: skip
-    """Weighted sum over each token's experts of w2(silu(w1 x) * w3 x) -> y_TD bf16.
+    """Weighted sum over each token's experts of w2(silu(w1 x) * w3 x), added to x by `residual` if
+    there is one -> y_TD bf16.
 
     x_TD bf16; experts_TK int64; weights_TK fp32; w13 [E, 2F, D] (first w1, the gate, then w3) and
     w2 [E, D, F] int8 with bf16 scales per row, or bf16 with None. D and F must be multiples of 32.
@@ -88,7 +91,15 @@ def experts(
                 route_weights=weights_TK)  # fmt: skip
     block = 1024
     _sum_choices[(tokens, triton.cdiv(hidden, block))](
-        y_RD, y_TD, hidden, CHOICES=choices, BLOCK=block
+        y_RD,
+        x_TD,
+        y_TD,
+        hidden,
+        residual.alpha if residual else 0.0,
+        residual.beta if residual else 1.0,
+        CHOICES=choices,
+        BLOCK=block,
+        ADDED=residual is not None,
     )
     return y_TD
 
@@ -325,10 +336,16 @@ def _down(
 
 
 @triton.jit
-def _sum_choices(y_rows, y, D, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_choices(
+    y_rows, x, y, D, alpha, beta, CHOICES: tl.constexpr, BLOCK: tl.constexpr,
+    ADDED: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for choice in tl.static_range(CHOICES):
         total += tl.load(y_rows + (token * CHOICES + choice) * D + d, mask=d < D, other=0.0)
+    if ADDED:
+        value = tl.load(x + token * D + d, mask=d < D, other=0.0).to(tl.float32)
+        total = alpha * value + beta * total
     tl.store(y + token * D + d, total.to(y.dtype.element_ty), mask=d < D)

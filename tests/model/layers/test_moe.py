@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from model.config import Residual
 from model.layers.moe import experts, route
 from model.weights.quantization import quantize
 
@@ -35,6 +36,16 @@ def test_grouped_experts_equal_a_loop_over_tokens(tokens, quantized):
             gate, up = w13[expert, :INNER] @ x[t], w13[expert, INNER:] @ x[t]
             expected[t] += share * (w2[expert] @ (functional.silu(gate) * up))
     torch.testing.assert_close(experts(x, chosen, shares, *stored), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_experts_make_of_tokens_is_added_to_them():
+    stored, _ = weights(quantized=True)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(20, HIDDEN, generator=generator)
+    chosen, shares = route(torch.randn(20, EXPERTS, generator=generator), 2)
+    expected = 3.5 * x + 0.5 * experts(x, chosen, shares, *stored)
+    added = experts(x, chosen, shares, *stored, residual=Residual(3.5, 0.5))
+    assert torch.equal(added, expected)
 
 
 def test_a_token_does_not_change_with_the_tokens_around_it():
