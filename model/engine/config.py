@@ -11,7 +11,7 @@ from model.layers.linear import Quantization
 from model.layers.ragged import BLOCK_TOKENS
 from schemas.errors import ConfigError
 
-MOST_SEQUENCES = 256  # in memory at once, unless asked otherwise
+MOST_SEQUENCES = 384  # in memory at once, unless asked otherwise
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

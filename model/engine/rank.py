@@ -33,6 +33,7 @@ from model.engine.plan import Plan
 from model.engine.ranks import layer_spans
 from model.engine.rehearsal import measure_room
 from model.engine.sampling import Masks, choose
+from model.layers.dispatch import packs_states
 from model.layers.memory import LayerMemory, SavedSequence, block_bytes, slot_bytes
 from model.layers.ragged import to_device
 from model.weights.checkpoint import load_decoder
@@ -73,9 +74,10 @@ class Rank:
         if self.device.type == "cuda":
             free = measure_room(self.decoder, self.device, self._config)
             budget = min(self._config.cache_bytes or free, free)
+        packed = packs_states(self.dtype, self.device, text.head_dim)
         return Room(
             budget=budget,
-            slot_bytes=slot_bytes(text, span, self.dtype),
+            slot_bytes=slot_bytes(text, span, self.dtype, packed=packed),
             block_bytes=block_bytes(text, span, self.dtype),
         )
 

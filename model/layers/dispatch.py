@@ -52,6 +52,12 @@ def attention_kernels(q_THD: Tensor) -> ModuleType | None:
     return kernels(q_THD) if q_THD.shape[-1] in _HEAD_SIZES else None
 
 
+def packs_states(dtype: torch.dtype, device: torch.device, head_size: int) -> bool:
+    """Will kernels read and write the states of layers like these?"""
+    on_hopper = device.type == "cuda" and _is_hopper(device)
+    return not _plain and on_hopper and dtype == torch.bfloat16 and head_size in _HEAD_SIZES
+
+
 def launches_alone(hidden_TD: Tensor, head_size: int, *widths: int) -> bool:
     """Does the host only launch kernels for layers of these sizes, none of which it waits for?"""
     return head_size in _HEAD_SIZES and product_kernels(hidden_TD, *widths) is not None

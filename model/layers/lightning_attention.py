@@ -16,6 +16,7 @@ from model.layers.linear import Linear, Quantization
 from model.layers.memory import LayerMemory
 from model.layers.norm import RMSNorm, gated_norm
 from model.layers.ragged import BLOCK_TOKENS, Piece, RaggedBatch
+from model.layers.states import States
 
 _NORM_EPS = 1e-6  # of the norm inside the layer; the released code does not read it from the config
 
@@ -35,22 +36,23 @@ def lightning_attention(
     k_THD: Tensor,
     v_THD: Tensor,
     slopes_H: Tensor,
-    state_SHKV: Tensor,
+    states: States,
     batch: RaggedBatch,
     recent_SHxRD: Tensor | None = None,
 ) -> Tensor:
     """Attend, and update the states in place. Returns o [T, H, D] in the dtype of q.
 
-    state_SHKV: fp32 pool of slots; a sequence without context starts from zero, whatever its slot
-    held before. recent_SHxRD: as in LayerMemory, for the kernels, which need it. Pieces of one
-    token (all of decode) take the recurrence as it is written above, longer ones the block form,
-    which is the same sum in another order.
+    A sequence without context starts from zero, whatever its slot held before. recent_SHxRD: as in
+    LayerMemory, for the kernels, which need it. Pieces of one token (all of decode) take the
+    recurrence as it is written above, longer ones the block form, which is the same sum in another
+    order.
     """
     if kernels := attention_kernels(q_THD):
         return kernels.lightning_attention(
-            q_THD, k_THD, v_THD, slopes_H, state_SHKV, batch, recent_SHxRD
+            q_THD, k_THD, v_THD, slopes_H, states, batch, recent_SHxRD
         )
-    state_SHKV[batch.slots_S[batch.contexts_S == 0]] = 0
+    for pool in states.tensors:
+        pool[batch.slots_S[batch.contexts_S == 0]] = 0
     decays = _Decays(slopes_H)
     o_THD = torch.empty_like(q_THD)
     decoding: list[Piece] = []
@@ -58,11 +60,11 @@ def lightning_attention(
         if batch.lengths[piece.sequence] == 1:
             decoding.append(piece)
         elif piece.length == 1:
-            _step(q_THD, k_THD, v_THD, decays, state_SHKV, batch, [piece], o_THD)
+            _step(q_THD, k_THD, v_THD, decays, states, batch, [piece], o_THD)
         else:
-            _block(q_THD, k_THD, v_THD, decays, state_SHKV, batch, piece, o_THD)
+            _block(q_THD, k_THD, v_THD, decays, states, batch, piece, o_THD)
     if decoding:
-        _step(q_THD, k_THD, v_THD, decays, state_SHKV, batch, decoding, o_THD)
+        _step(q_THD, k_THD, v_THD, decays, states, batch, decoding, o_THD)
     return o_THD
 
 
@@ -85,31 +87,31 @@ class _Decays:
         return self.by_distance_HN[:, distances.clamp(min=0)] * (distances >= 0)
 
 
-def _block(q_THD, k_THD, v_THD, decays, state_SHKV, batch, piece: Piece, o_THD) -> None:
+def _block(q_THD, k_THD, v_THD, decays, states: States, batch, piece: Piece, o_THD) -> None:
     """o_i = exp(-s (i + 1)) q_i S + sum over j <= i of exp(-s (i - j)) (q_i k_j) v_j."""
     n, rows = piece.length, slice(piece.start, piece.start + piece.length)
     q, k, v = (x[rows].transpose(0, 1).float() for x in (q_THD, k_THD, v_THD))  # [H, N, D]
-    state_HKV = state_SHKV[batch.slots_S[piece.sequence]]
+    slot = batch.slots_S[piece.sequence, None]
+    (state_HKV,) = states.read(slot)
     since_start_HN1 = decays.by_distance_HN[:, 1 : n + 1, None]
     until_end_HN1 = decays.by_distance_HN[:, :n, None].flip(1)
     weights_HNN = (q @ k.transpose(1, 2)) * decays.causal_HNN[:, :n, :n]
     o_HND = weights_HNN @ v + (q * since_start_HN1) @ state_HKV
     o_THD[rows] = o_HND.transpose(0, 1).to(o_THD.dtype)
     update_HKV = (k * until_end_HN1).transpose(1, 2) @ v
-    state_SHKV[batch.slots_S[piece.sequence]] = (
-        decays.by_distance_HN[:, n, None, None] * state_HKV + update_HKV
-    )
+    state_HKV = decays.by_distance_HN[:, n, None, None] * state_HKV + update_HKV
+    states.write(slot, state_HKV[None])
 
 
-def _step(q_THD, k_THD, v_THD, decays, state_SHKV, batch, pieces: list[Piece], o_THD) -> None:
+def _step(q_THD, k_THD, v_THD, decays, states: States, batch, pieces, o_THD) -> None:
     """One token each of several sequences."""
     rows = [piece.start for piece in pieces]
     slots = batch.slots_S[[piece.sequence for piece in pieces]]
     q, k, v = (x[rows].float() for x in (q_THD, k_THD, v_THD))
-    states = decays.one_H[:, None, None] * state_SHKV[slots]
-    states += k[..., :, None] * v[..., None, :]
-    state_SHKV[slots] = states
-    o_THD[rows] = (q[..., None, :] @ states).squeeze(-2).to(o_THD.dtype)
+    state_NHKV = decays.one_H[:, None, None] * states.read(slots)
+    state_NHKV += k[..., :, None] * v[..., None, :]
+    states.write(slots, state_NHKV)
+    o_THD[rows] = (q[..., None, :] @ state_NHKV).squeeze(-2).to(o_THD.dtype)
 
 
 class LightningAttention(nn.Module):

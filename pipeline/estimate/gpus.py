@@ -100,7 +100,7 @@ def _ranks(model: VL01Config, engine: EngineConfig, count: int) -> list[_Rank]:
         _Rank(
             weights=weight_bytes(model, span, int8=int8, itemsize=dtype.itemsize),
             reserve=_reserve(model.text, engine, is_last=span is spans[-1]),
-            slot=slot_bytes(model.text, span, dtype),
+            slot=slot_bytes(model.text, span, dtype, packed=dtype.itemsize == 2),
             block=block_bytes(model.text, span, dtype),
         )
         for span in spans

@@ -22,6 +22,7 @@ from model.layers.kernels import (
 )
 from model.layers.memory import RECENT_TOKENS
 from model.layers.ragged import BLOCK_TOKENS, RaggedBatch
+from model.layers.states import States
 
 HIDDEN, INNER, EXPERTS, HEADS, GROUPS, DIM = 6144, 9216, 32, 64, 8, 128
 COPIES = 4  # 226 MB of one projection, against 50 MB of L2
@@ -145,13 +146,13 @@ def bench_attention() -> None:
         name = f"{sequences} x {lengths[0]} new after {contexts[0]}"
         q, k, v = random(tokens, HEADS, 3 * DIM).split(DIM, dim=-1)
         slopes = torch.rand(HEADS, device="cuda")
-        state = torch.zeros(sequences, HEADS, DIM, DIM, device="cuda")
+        states = States.empty(sequences, HEADS, DIM, "cuda", packed=True)
         recent = random(sequences, HEADS, 2, RECENT_TOKENS, DIM)
         ms = milliseconds(
-            partial(ignoring_count, lightning_attention, q, k, v, slopes, state, batch, recent)
+            partial(ignoring_count, lightning_attention, q, k, v, slopes, states, batch, recent)
         )
         flops = tokens * HEADS * 4 * DIM * DIM
-        report(f"lightning {name}", ms, flops, 4 * q.numel() * 2 + 2 * state.numel() * 4)
+        report(f"lightning {name}", ms, flops, 4 * q.numel() * 2 + 2 * states.data_SHKV.nbytes)
         pools = random(2, blocks, BLOCK_TOKENS, GROUPS, DIM)
         k, v = random(2, tokens, GROUPS, DIM)
         ms = milliseconds(partial(ignoring_count, paged_attention, q, k, v, *pools, batch))

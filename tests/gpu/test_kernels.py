@@ -12,6 +12,7 @@ from model.layers import softmax_attention as slow_softmax
 from model.layers.dispatch import plain_layers
 from model.layers.memory import RECENT_TOKENS
 from model.layers.ragged import BLOCK_TOKENS, RaggedBatch
+from model.layers.states import States
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -214,25 +215,34 @@ def test_lightning_attention_agrees_with_the_piecewise_form(lengths, contexts, h
     qkv = random(sum(lengths), heads, 3 * dim, scale=0.3)
     q, k, v = qkv.split(dim, dim=-1)
     slopes = 2.0 ** (-8 * torch.arange(1, heads + 1, device=DEVICE) / heads)
-    state = random(slots, heads, dim, dim, dtype=torch.float32)
+    states = packed(random(slots, heads, dim, dim, dtype=torch.float32))
     recent = random(slots, heads, 2, RECENT_TOKENS, dim)
-    slow_state, untouched = with_recent(state, recent, slopes, batch, contexts), state.clone()
+    untouched = [pool.clone() for pool in states.tensors]
+    slow_state = with_recent(states, recent, slopes, batch, contexts)
     slow = slow_lightning.lightning_attention(
-        q.float(), k.float(), v.float(), slopes, slow_state, batch
+        q.float(), k.float(), v.float(), slopes, States(slow_state), batch
     )
-    fast = lightning_attention(q, k, v, slopes, state, batch, recent)
+    fast = lightning_attention(q, k, v, slopes, states, batch, recent)
     ends = [context + length for context, length in zip(contexts, lengths, strict=True)]
     assert error(fast, slow) < 5e-3
-    assert error(with_recent(state, recent, slopes, batch, ends), slow_state) < 3e-3
+    assert error(with_recent(states, recent, slopes, batch, ends), slow_state) < 3e-3
     others = sorted(set(range(slots)) - set(batch.slots_S.tolist()))
-    assert torch.equal(state[others], untouched[others])
+    for pool, before in zip(states.tensors, untouched, strict=True):
+        assert torch.equal(pool[others], before[others])
 
 
-def with_recent(state, recent, slopes, batch, ends) -> torch.Tensor:
+def packed(state) -> States:
+    slots, heads, size, _ = state.shape
+    states = States.empty(slots, heads, size, DEVICE, packed=True)
+    states.write(list(range(len(state))), state)
+    return states
+
+
+def with_recent(states, recent, slopes, batch, ends) -> torch.Tensor:
     """The states once the tokens that wait beside them have joined, after `ends` tokens each.
 
     Before RECENT_TOKENS none has joined, and what is left in the slot counts for nothing."""
-    state = state.clone()
+    state = states.read(list(range(len(recent))))
     for slot, end in zip(batch.slots_S.tolist(), ends, strict=True):
         if end < RECENT_TOKENS:
             state[slot] = 0
@@ -247,15 +257,17 @@ def test_what_a_slot_held_before_reaches_no_token():
     """Also after prompts too short to join the state, which nothing has written then."""
     slopes = torch.tensor([0.5, 0.1, 0.01, 0.001], device=DEVICE)
     lengths, contexts = [1, 3, 7, 8, 9], [0] * 5
-    state = torch.full((5, 4, 128, 128), float("nan"), device=DEVICE)
+    states = States.empty(5, 4, 128, DEVICE, packed=True)
+    states.data_SHKV.fill_(9)
+    states.tensors[1].fill_(float("nan"))
     recent = torch.full((5, 4, 2, RECENT_TOKENS, 128), float("nan"), device=DEVICE).bfloat16()
-    slow_state = torch.zeros_like(state)
+    slow_states = States.empty(5, 4, 128, DEVICE, packed=False)
     for _ in range(3 * RECENT_TOKENS):
         batch = batch_of(lengths, contexts, list(range(5)), 8)
         q, k, v = (random(sum(lengths), 4, 128) for _ in range(3))
-        fast = lightning_attention(q, k, v, slopes, state, batch, recent)
+        fast = lightning_attention(q, k, v, slopes, states, batch, recent)
         slow = slow_lightning.lightning_attention(
-            q.float(), k.float(), v.float(), slopes, slow_state, batch
+            q.float(), k.float(), v.float(), slopes, slow_states, batch
         )
         assert error(fast, slow) < 5e-3
         contexts = [context + length for context, length in zip(contexts, lengths, strict=True)]
@@ -265,17 +277,17 @@ def test_what_a_slot_held_before_reaches_no_token():
 def test_a_decode_state_loses_nothing_to_bf16():
     slopes = torch.full((64,), 0.01, device=DEVICE)
     state = random(4, 64, 128, 128, dtype=torch.float32)
+    states, slow_states = packed(state), States(state)
     recent = random(4, 64, 2, RECENT_TOKENS, 128)
-    slow_state = state.clone()
     for context in range(64, 64 + 6 * RECENT_TOKENS):
         batch = batch_of([1] * 4, [context] * 4, [0, 1, 2, 3], 8)
         q, k, v = (random(4, 64, 128) for _ in range(3))
-        fast = lightning_attention(q, k, v, slopes, state, batch, recent)
+        fast = lightning_attention(q, k, v, slopes, states, batch, recent)
         slow = slow_lightning.lightning_attention(
-            q.float(), k.float(), v.float(), slopes, slow_state, batch
+            q.float(), k.float(), v.float(), slopes, slow_states, batch
         )
         assert error(fast, slow) < 5e-3
-    assert error(state, slow_state) < 1e-5
+    assert error(states.read(list(range(4))), state) < 1e-4
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(64, 8), (4, 4)])

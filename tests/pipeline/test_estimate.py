@@ -484,12 +484,13 @@ def test_the_released_model_fits_the_gpus_it_is_known_to_fit(job, released):
 
     on_eight = memory(8, 80)
     assert on_eight.weights / GIB == pytest.approx(53 + 2.3, abs=1)
-    assert on_eight.sequence == 9 * (4 * 1024**2 + 256 * 1024)  # states; tokens beside them
+    # Numbers of states, their scales, tokens beside them.
+    assert on_eight.sequence == 9 * (2 * 1024**2 + 64 * 1024 + 256 * 1024)
     assert on_eight.token == 2 * 4 * 1024
-    assert 128 <= on_eight.sequences <= 256
+    assert on_eight.sequences == 384
     on_four = memory(4, 139)
     assert on_four.weights / GIB == pytest.approx(106 + 2.3, abs=2)
-    assert 200 <= on_four.sequences <= 256
+    assert 330 <= on_four.sequences <= 384
     with pytest.raises(ConfigError, match=r"--pp 4 a rank has 10\d\.\d GiB.*--pp 6 would do"):
         memory(4, 80)
     with pytest.raises(ConfigError, match="larger GPUs"):

@@ -1,9 +1,10 @@
-"""Lightning attention over a ragged batch; the fp32 states are read from and left in their slots.
+"""Lightning attention over a ragged batch; packed states are read from and left in their slots.
 
-T tokens, H heads, D head width, S sequences; the states are [slots, H, D(keys), D(values)]. Two
-kernels share a batch by the length of the sequence: chunks of prompts in the block form, single
-tokens in the recurrent one. A state holds the tokens up to the last multiple of R = RECENT_TOKENS;
-keys and values of those after it are in [slots, H, 2, R, D], and join it together.
+T tokens, H heads, D head width, S sequences; states are [slots, H, D(keys), D(values)], int16, and
+their scales [slots, H, groups of values, D(keys)]. Two kernels share a batch by the length of the
+sequence: chunks of prompts in the block form, single tokens in the recurrent one. A state holds the
+tokens up to the last multiple of R = RECENT_TOKENS; keys and values of those after it are in
+[slots, H, 2, R, D], and join it together.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -12,21 +13,25 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from model.layers.memory import RECENT_TOKENS
+from model.layers.states import LEVELS, SHARED_SCALE, States
 
 CHUNK = 64  # tokens a step of the block form
+_LEVELS = tl.constexpr(float(LEVELS))
 
 
 def lightning_attention(
-    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, slopes_H: Tensor, state_SHKV: Tensor,
-    batch, recent_SHxRD: Tensor,
+    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, slopes_H: Tensor, states: States, batch,
+    recent_SHxRD: Tensor,
 ) -> Tensor:  # fmt: skip
     """S = exp(-slope) S + k^T v, o = q S -> o_THD bf16; the pools are updated in place.
 
     q, k, v may be views with a contiguous last dimension (parts of one projection); slopes fp32.
-    A state that no token has joined, of a context below RECENT_TOKENS, is zero whatever its slot
-    holds. Raises ValueError for several tokens after a context that is no multiple of it.
+    states must be packed. One that no token has joined, of a context below RECENT_TOKENS, is zero
+    whatever its slot holds. Raises ValueError for several tokens after a context that is no
+    multiple of it.
     """
     for length, context in zip(batch.lengths, batch.contexts, strict=True):
         if length > 1 and context % RECENT_TOKENS:
@@ -34,28 +39,28 @@ def lightning_attention(
     tokens, heads, width = q_THD.shape
     o_THD = torch.empty(tokens, heads, width, device=q_THD.device, dtype=q_THD.dtype)
     sequences = len(batch.lengths)
-    tensors = (q_THD, k_THD, v_THD, o_THD, slopes_H, state_SHKV, recent_SHxRD)
+    tensors = (q_THD, k_THD, v_THD, o_THD, slopes_H, *states.tensors, recent_SHxRD)
     where = (batch.offsets_S1, batch.contexts_S, batch.slots_S)
     strides = (*q_THD.stride()[:2], *k_THD.stride()[:2], *v_THD.stride()[:2])
     if any(length > 1 for length in batch.lengths):
-        columns = min(width, 64)
+        columns = min(width, SHARED_SCALE)
         _lightning_chunks[(width // columns, heads, sequences)](
             *tensors, *where, *strides, heads,
             WIDTH=width, COLUMNS=columns, CHUNK=CHUNK, RECENT=RECENT_TOKENS,
             num_warps=4, num_stages=2,
         )  # fmt: skip
     if any(length == 1 for length in batch.lengths):
-        columns = min(width, 64)
+        columns = min(width, SHARED_SCALE)
         _lightning_single_tokens[(width // columns, heads, sequences)](
             *tensors, *where, *strides, heads,
-            WIDTH=width, COLUMNS=columns, RECENT=RECENT_TOKENS, num_warps=8,
+            WIDTH=width, COLUMNS=columns, RECENT=RECENT_TOKENS, num_warps=4,
         )  # fmt: skip
     return o_THD
 
 
 @triton.jit
 def _lightning_chunks(
-    q, k, v, o, slopes, state, recent, offsets, contexts, slots,
+    q, k, v, o, slopes, state, scale, recent, offsets, contexts, slots,
     q_token, q_head, k_token, k_head, v_token, v_head, heads,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, RECENT: tl.constexpr,
 ):  # fmt: skip
@@ -77,10 +82,12 @@ def _lightning_chunks(
     causal = i[:, None] >= i[None, :]
 
     slot = tl.load(slots + sequence).to(tl.int64)
-    place = state + (slot * heads + head) * WIDTH * WIDTH + d[:, None] * WIDTH + column[None, :]
+    row = slot * heads + head
+    place = state + row * WIDTH * WIDTH + d[:, None] * WIDTH + column[None, :]
+    scale += (row * (WIDTH // COLUMNS) + tl.program_id(0)) * WIDTH + d
     memory = tl.zeros((WIDTH, COLUMNS), tl.float32)
     if tl.load(contexts + sequence) > 0:
-        memory = tl.load(place)
+        memory = tl.load(place).to(tl.float32) * tl.load(scale)[:, None]
     first = start.to(tl.int64)
     q += first * q_token + head * q_head
     k += first * k_token + head * k_head
@@ -90,7 +97,7 @@ def _lightning_chunks(
     r = tl.arange(0, RECENT)
     waits = (r < length % RECENT)[:, None]
     token = (length // RECENT * RECENT + r)[:, None]
-    keys = recent + (slot * heads + head) * 2 * RECENT * WIDTH + r[:, None] * WIDTH
+    keys = recent + row * 2 * RECENT * WIDTH + r[:, None] * WIDTH
     values = keys + RECENT * WIDTH
     k_RD = tl.load(k + token * k_token + d[None, :], mask=waits)
     v_RV = tl.load(v + token * v_token + column[None, :], mask=waits)
@@ -120,12 +127,12 @@ def _lightning_chunks(
         k += CHUNK * k_token
         v += CHUNK * v_token
         o += CHUNK * heads * WIDTH
-    tl.store(place, memory)
+    _store_packed(place, scale, memory)
 
 
 @triton.jit
 def _lightning_single_tokens(
-    q, k, v, o, slopes, state, recent, offsets, contexts, slots,
+    q, k, v, o, slopes, state, scale, recent, offsets, contexts, slots,
     q_token, q_head, k_token, k_head, v_token, v_head, heads,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, RECENT: tl.constexpr,
 ):  # fmt: skip
@@ -143,19 +150,22 @@ def _lightning_single_tokens(
     values = keys + RECENT * WIDTH
     context = tl.load(contexts + sequence)
     waiting = context % RECENT
-    memory = tl.load(place, mask=context >= RECENT, other=0.0)
+    scale += (row * (WIDTH // COLUMNS) + tl.program_id(0)) * WIDTH + d
+    memory = tl.load(place, mask=context >= RECENT, other=0).to(tl.float32)
+    scale_D = tl.load(scale, mask=context >= RECENT, other=0.0)
     q_D = tl.load(q + token * q_token + head * q_head + d).to(tl.float32)
     k_D = tl.load(k + token * k_token + head * k_head + d)
     v_V = tl.load(v + token * v_token + head * v_head + column)
     slope = tl.load(slopes + head)
     if waiting == RECENT - 1:
         fall = tl.exp(-slope)
+        memory *= scale_D[:, None]
         for i in range(RECENT - 1):
             k_iD = tl.load(keys + i * WIDTH + d).to(tl.float32)
             v_iV = tl.load(values + i * WIDTH + column).to(tl.float32)
             memory = memory * fall + k_iD[:, None] * v_iV[None, :]
         memory = memory * fall + k_D.to(tl.float32)[:, None] * v_V.to(tl.float32)[None, :]
-        tl.store(place, memory)
+        _store_packed(place, scale, memory)
         out = tl.sum(q_D[:, None] * memory, 0)
     else:
         tl.store(keys + waiting * WIDTH + d, k_D)
@@ -165,7 +175,18 @@ def _lightning_single_tokens(
         k_RD = tl.load(keys + r[:, None] * WIDTH + d[None, :], mask=waits, other=0.0)
         v_RV = tl.load(values + r[:, None] * WIDTH + column[None, :], mask=waits, other=0.0)
         scores_R = tl.sum(q_D[None, :] * k_RD.to(tl.float32), 1) * tl.exp(-slope * (waiting - r))
-        out = tl.sum(q_D[:, None] * memory, 0) * tl.exp(-slope * (waiting + 1))
+        # The scales of the keys meet the query, of which there is one.
+        out = tl.sum((q_D * scale_D)[:, None] * memory, 0) * tl.exp(-slope * (waiting + 1))
         out += tl.sum(scores_R[:, None] * v_RV.to(tl.float32), 0)
         out += tl.sum(q_D * k_D.to(tl.float32), 0) * v_V.to(tl.float32)
     tl.store(o + (token * heads + head) * WIDTH + column, out.to(o.dtype.element_ty))
+
+
+@triton.jit
+def _store_packed(place, scale, memory):
+    """As States.write does, where all values of a key in hand share a scale."""
+    most_D = tl.max(tl.abs(memory), 1)
+    # A group of zeros has no levels.
+    levels_D = tl.where(most_D == 0, 0.0, tl.div_rn(_LEVELS, most_D))
+    tl.store(place, libdevice.rint(memory * levels_D[:, None]).to(tl.int16))
+    tl.store(scale, tl.div_rn(most_D, _LEVELS))

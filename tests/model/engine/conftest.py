@@ -150,7 +150,8 @@ def written_slowly(
 
 def tight_memory(model: VL01Config, span: range, slots: int, blocks: int) -> dict[str, int]:
     """Settings of an engine with exactly so much memory on the rank that holds `span`."""
-    slot, block = (size(model.text, span, torch.float32) for size in (slot_bytes, block_bytes))
+    slot = slot_bytes(model.text, span, torch.float32, packed=False)
+    block = block_bytes(model.text, span, torch.float32)
     return {
         "cache_bytes": slots * slot + blocks * block,
         "max_sequences": slots,

@@ -10,6 +10,7 @@ from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttenti
 from model.config import load_config
 from model.layers.lightning_attention import lightning_attention, lightning_slopes
 from model.layers.ragged import RaggedBatch
+from model.layers.states import States
 
 HEADS, DIM, SLOTS = 4, 16, 5
 SLOPES = torch.tensor([0.6, 0.2, 0.03, 0.001])
@@ -36,7 +37,7 @@ def run_in_chunks(qkv, cuts: list[int], pool, slot: int = 2) -> torch.Tensor:
     for start, end in itertools.pairwise(cuts):
         batch = RaggedBatch.build([end - start], [start], [slot], [range(9)])
         q, k, v = (x[start:end] for x in qkv)
-        outputs.append(lightning_attention(q, k, v, SLOPES, pool, batch))
+        outputs.append(lightning_attention(q, k, v, SLOPES, States(pool), batch))
     return torch.cat(outputs)
 
 
@@ -64,19 +65,32 @@ def test_chunks_cut_at_blocks_change_no_bit(tokens):
     assert torch.equal(*pools)
 
 
+def test_packed_states_change_a_prompt_and_what_follows_by_far_less_than_bf16_does():
+    q, k, v = draw(280, seed=4)
+    states = States.empty(SLOTS, HEADS, DIM, "cpu", packed=True)
+    cuts = [0, 64, 200, *range(201, 281)]
+    outputs = []
+    for start, end in itertools.pairwise(cuts):
+        batch = RaggedBatch.build([end - start], [start], [2], [range(9)])
+        rows = slice(start, end)
+        outputs.append(lightning_attention(q[rows], k[rows], v[rows], SLOPES, states, batch))
+    expected, _ = naive(q, k, v)
+    assert (torch.cat(outputs) - expected).norm() < 3e-4 * expected.norm()
+
+
 def test_sequences_of_a_batch_do_not_touch_each_other():
     lengths, contexts, slots = [70, 1, 130, 1], [64, 7, 0, 80], [3, 0, 4, 1]
     pool = torch.randn(SLOTS, HEADS, DIM, DIM, generator=torch.Generator().manual_seed(2))
     q, k, v = draw(sum(lengths), seed=3)
     batch = RaggedBatch.build(lengths, contexts, slots, [range(3)] * 4)
     together = pool.clone()
-    o = lightning_attention(q, k, v, SLOPES, together, batch)
+    o = lightning_attention(q, k, v, SLOPES, States(together), batch)
     start = 0
     for length, context, slot in zip(lengths, contexts, slots, strict=True):
         rows = slice(start, start + length)
         alone = pool.clone()
         single = RaggedBatch.build([length], [context], [slot], [range(3)])
-        expected = lightning_attention(q[rows], k[rows], v[rows], SLOPES, alone, single)
+        expected = lightning_attention(q[rows], k[rows], v[rows], SLOPES, States(alone), single)
         assert torch.equal(o[rows], expected)
         assert torch.equal(together[slot], alone[slot])
         initial = pool[slot].double() if context else None
