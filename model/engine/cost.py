@@ -4,9 +4,9 @@ T tokens through W weights take hypot(2 T W / rates.flops, bytes of W / rates.by
 are bound by arithmetic, few by memory, and where both are alike they add up like the sides of a
 right angle. (The experts of a layer take 2.7 ms at 1,024 tokens on an H100; 1.4 and 2.1 make 2.5.)
 
-The rates are such that the real scheduler, simulated with these costs, comes within 1.5% of the
-seconds of all three workloads in README, "Measured" (8 layers, int8, one H100): 81% of that card's
-bf16 product, 88% of its copy. How fast vision is was not measured; the same rates are assumed.
+The rates are such that the real scheduler, simulated with these costs, comes within 2% of the
+seconds of all three workloads in README, "Measured" (8 layers, int8, one H100): 77% of that card's
+bf16 product, 84% of its copy. How fast vision is was not measured; the same rates are assumed.
 """
 
 from collections import Counter
@@ -19,6 +19,9 @@ from model.engine.plan import Segment
 from model.weights.names import checkpoint_tensors
 
 _BF16, _FP32 = 2, 4
+# Of a number of a lightning state, a token: 16 bits are read, and written at one token in eight; the
+# keys and values of up to eight tokens wait beside 128 x 128 of them.
+_STATE_BYTES = 2 + 2 / 8 + 1 / 4
 _LOGITS_PASSES = 6  # fp32 logits are written, and read and written again until a token is chosen
 
 
@@ -26,8 +29,8 @@ _LOGITS_PASSES = 6  # fp32 logits are written, and read and written again until 
 class Rates:
     """flops: of products, a second. bytes: read or written, a second."""
 
-    flops: float = 5.9e14
-    bytes: float = 2.65e12
+    flops: float = 5.95e14
+    bytes: float = 2.53e12
 
 
 @dataclass(frozen=True)
@@ -124,10 +127,10 @@ class Cost:
 
     def _lightning(self, work: Work) -> float:
         """A prompt's token adds its key times its value to the state, and asks it; in decode the
-        state is read and written."""
+        state is read, and now and then written."""
         state = self._text.num_heads * self._text.head_dim**2
         prompts = 4 * (work.tokens - work.decoding) * state / self._rates.flops
-        return prompts + 2 * _FP32 * work.decoding * state / self._rates.bytes
+        return prompts + _STATE_BYTES * work.decoding * state / self._rates.bytes
 
     def _softmax(self, work: Work) -> float:
         text, rates = self._text, self._rates

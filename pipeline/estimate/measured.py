@@ -48,9 +48,9 @@ TABLE = (
         quantization="int8",
         layers=8,
         workloads=(
-            Workload("coco640x480", 128, 2400, 128, 7.63),
+            Workload("coco640x480", 128, 2400, 128, 7.54),
             Workload("page-a4", 32, 8080, 256, 8.33),
-            Workload("decode", 128, 64, 256, 5.72),
+            Workload("decode", 128, 64, 256, 5.46),
         ),
         origin="the table that comes with the project, 2026-11-23",
     ),
@@ -59,7 +59,7 @@ TABLE = (
         quantization="int8-dynamic",
         layers=8,
         workloads=(
-            Workload("coco640x480", 128, 2400, 128, 5.29),
+            Workload("coco640x480", 128, 2400, 128, 5.16),
             Workload("page-a4", 32, 8080, 256, 6.41),
         ),
         origin="the table that comes with the project, 2026-11-23",

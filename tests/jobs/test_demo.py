@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from jobs import demo
+from model.nano.quality import FONTS, held_out_pages
 from model.nano.tasks import answers
 from pipeline.plan import Plan
 from pipeline.read import ReadSettings, read_unit
@@ -21,7 +22,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def truths(folder):
-    return demo.write_source(demo.draw_pages())
+    return demo.write_source(held_out_pages(demo.COUNT, FONTS["training fonts"], demo.SEED))
 
 
 def test_every_page_lies_where_its_row_will_say(folder, truths):
