@@ -19,7 +19,7 @@ from model.engine.plan import Segment
 from model.weights.names import checkpoint_tensors
 
 _BF16, _FP32 = 2, 4
-# Of a number of a lightning state, a token: 16 bits are read, and written at one token in eight; the
+# Of a number of a lightning state, for a token: 16 bits are read, and written for one in eight; the
 # keys and values of up to eight tokens wait beside 128 x 128 of them.
 _STATE_BYTES = 2 + 2 / 8 + 1 / 4
 _LOGITS_PASSES = 6  # fp32 logits are written, and read and written again until a token is chosen
