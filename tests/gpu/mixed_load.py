@@ -264,4 +264,5 @@ def rank_of(engine: Engine) -> Rank:
 def saved_bytes(engine: Engine) -> int:
     """Of preempted sequences, on the host."""
     parts = [part for saved in rank_of(engine)._saved.values() for part in vars(saved).values()]
-    return sum(tensor.nbytes for part in parts for tensor in part.values())
+    kept = [of_layer for part in parts for of_layer in part.values()]
+    return sum(tensor.nbytes for one in kept for tensor in (one if type(one) is tuple else (one,)))
