@@ -81,12 +81,14 @@ class KeptColumns:
         self._found: dict[str, tuple[pa.DataType, str]] = {
             field.name: (field.type, "the dataset") for field in known or []
         }
+        self._there: dict[str, None] = {}
         if clash := [name for name in keep if name in _OWN_NAMES]:
             raise ConfigError(f"cannot keep {', '.join(clash)}: the output uses that name itself")
         if twice := sorted({name for name in keep if keep.count(name) > 1}):
             raise ConfigError(f"cannot keep {', '.join(twice)} twice")
 
     def add(self, schema: pa.Schema, file: str) -> None:
+        self._there |= dict.fromkeys(schema.names)
         for name in self.keep:
             if (index := schema.get_field_index(name)) < 0:
                 continue
@@ -105,7 +107,8 @@ class KeptColumns:
 
     def schema(self) -> pa.Schema:
         if missing := [name for name in self.keep if name not in self._found]:
-            raise ConfigError(f"cannot keep {', '.join(missing)}: no file has such a column")
+            there = f"; there are: {', '.join(self._there)}" if self._there else ""
+            raise ConfigError(f"cannot keep {', '.join(missing)}: no file has such a column{there}")
         return pa.schema([(name, self._found[name][0]) for name in self.keep])
 
 
