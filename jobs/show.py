@@ -74,8 +74,14 @@ def growth(found: Growth) -> str:
 def retry(result: "RetrySummary") -> None:
     """How many of the rows that were done again are ok now, and why the others are not."""
     rows = sum(result.rows.values())
+    left = (
+        f"{count(result.unfinished_units, 'unit')} of {result.planned_units:,}, which the run's own"
+        " command does"
+        if result.unfinished_units
+        else ""
+    )
     if not rows:
-        _facts({"output": result.output, "rows": "none is to be done again"})
+        _facts({"output": result.output, "rows": "none is to be done again", "left": left})
         return
     now = f"{result.rows.get('ok', 0):,} of {rows:,} are ok"
     added = f", {result.added:,} of them new" if result.added else ""
@@ -86,6 +92,7 @@ def retry(result: "RetrySummary") -> None:
             f"{result.seconds:,.1f} s",
             "now": f"{now}{added}: {_counts(result.rows)}",
             "reasons": _counts(result.reasons),
+            "left": left,
         }
     )
 

@@ -31,6 +31,7 @@ class RetrySummary:
     output: str
     units: int  # that hold such rows
     planned_units: int  # in all
+    unfinished_units: int = 0  # of those, which the run is yet to do
     again: int = 0
     added: int = 0
     rows: dict[str, int] = field(default_factory=dict)  # by status
@@ -54,7 +55,9 @@ class Replacer(Committer):
         values = ", ".join(f"{key} {value:g}" for key, value in (changed or {}).items())
         self._note = f"asked again with {values}" if values else ""
         self._units = {unit.number: unit for unit in units_of(units)}
-        self._done = np.ones_like(ledger.committed())
+        committed = ledger.committed()
+        self._unfinished = int((~committed).sum())
+        self._done = np.ones_like(committed)
         self._done[list(self._units)] = False
         self._again = self._added = 0
         self._rows: Counter[str] = Counter()
@@ -69,6 +72,7 @@ class Replacer(Committer):
             output=self.ledger.output,
             units=len(self._units),
             planned_units=self.ledger.totals.units,
+            unfinished_units=self._unfinished,
             again=self._again,
             added=self._added,
             rows=dict(self._rows),

@@ -1,6 +1,7 @@
 """`vl01 retry`: the job is the one that wrote OUT, and only so much of it may be changed."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -129,6 +130,13 @@ def test_a_retry_that_was_stopped_exits_1(vl01):
     code, _, err, _ = vl01("/out", answer=StoppedError("stopped by SIGTERM: 1 of 3 units"))
     assert code == ExitCode.STOPPED
     assert "stopped by SIGTERM" in err
+
+
+def test_units_that_the_run_has_not_done_are_not_passed_over(vl01):
+    for done in (RetrySummary("/out", 0, 9, 2), replace(DONE, unfinished_units=2)):
+        _, out, _, _ = vl01("/out", answer=done)
+        assert "2 units of 9, which the run's own command does" in out
+    assert "left" not in vl01("/out", answer=DONE)[1]
 
 
 def test_a_dataset_without_such_rows_says_so(vl01):

@@ -173,7 +173,8 @@ def test_a_unit_that_is_not_done_yet_is_left_to_the_run(tmp_path):
     ledger.resume()
     ledger.remove("commits/000000001.json")
     write_images(source, 8)
-    assert retry(source, output).rows == {"ok": 1}
+    done = retry(source, output)
+    assert (done.rows, done.unfinished_units, done.planned_units) == ({"ok": 1}, 1, 2)
     assert len(rows(output)) == 4
     run(job_of(source, output, max_bytes=1000))
     assert {row["status"] for row in rows(output).values()} == {"ok"}
