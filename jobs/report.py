@@ -7,7 +7,7 @@ import typer
 
 from jobs import show
 from jobs.config import absolute_address
-from jobs.flags import EndpointUrl
+from jobs.flags import Debug, EndpointUrl
 from schemas.job import Job
 
 HELP = """Write a report on OUT: one page that shows what came out and how.
@@ -42,6 +42,7 @@ def report(
     gpu_hour_price: Price = None,
     seed: Seed = 0,
     endpoint_url: EndpointUrl = None,
+    _debug: Debug = False,
 ) -> None:
     from pipeline.report import write_report
 

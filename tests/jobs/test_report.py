@@ -4,6 +4,7 @@ import pytest
 
 from jobs import report
 from jobs.cli import main
+from schemas.errors import ConfigError
 from schemas.job import Job
 from tests.pipeline.fake_run import job_of
 
@@ -33,3 +34,9 @@ def test_a_report_on_a_folder_without_a_dataset_is_wrong_usage(tmp_path, capsys)
         main(["report", str(tmp_path)])
     assert exit_.value.code == 2
     assert "holds no dataset of this tool" in capsys.readouterr().err
+
+
+def test_the_traceback_of_a_report_can_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("VL01_DEBUG", "0")
+    with pytest.raises(ConfigError):
+        main(["report", str(tmp_path), "--debug"])
