@@ -5,7 +5,6 @@ this copy equal to them.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ _TOKENS = Path(__file__).with_name("tokens.json")
 # Fields that JSON writes as numbers.
 _NUMBERS = {"total", "subtotal", "tax", "quantity", "unit_price", "amount"}
 
-_KEYS_OF_JSON = re.compile(r'[{},\[]*"[a-z_]+":')
 
 # Names of fields, in order, and the fields inside them.
 Shape = dict[str, "Shape"]
@@ -93,33 +91,13 @@ class Answers:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[str, list[int]] = {}
         self._end = tokenizer.encode(END, add_special_tokens=False).ids
 
     def encode(self, answer: Marked) -> Encoded:
-        ids: list[int] = []
-        glyphs: list[int] = []
-        at = 0
-        for piece in self._pieces(answer.text):
-            tokens = self._tokens(piece)
-            ids += tokens
-            glyphs += [answer.glyphs[at] if len(piece) == 1 else NOWHERE] * len(tokens)
-            at += len(piece)
-        ids += self._end
-        glyphs.append(NOWHERE)
-        return Encoded(np.array(ids, np.int32), np.array(glyphs, np.int32))
-
-    @staticmethod
-    def _pieces(text: str) -> list[str]:
-        if not text.startswith("{"):
-            return list(text)
-        pieces, at = [], 0
-        for key in _KEYS_OF_JSON.finditer(text):
-            pieces += [*text[at : key.start()], key.group()]
-            at = key.end()
-        return [*pieces, *text[at:]]
-
-    def _tokens(self, piece: str) -> list[int]:
-        if piece not in self._known:
-            self._known[piece] = self._tokenizer.encode(piece, add_special_tokens=False).ids
-        return self._known[piece]
+        encoded = self._tokenizer.encode(answer.text, add_special_tokens=False)
+        glyphs = [
+            answer.glyphs[start] if end - start == 1 else NOWHERE for start, end in encoded.offsets
+        ]
+        return Encoded(
+            np.array([*encoded.ids, *self._end], np.int32), np.array([*glyphs, NOWHERE], np.int32)
+        )
