@@ -133,19 +133,14 @@ def show_answers(truths: Truths) -> None:
     answered: list[Answered] = []
     for number, (name, task) in enumerate(SHOWN):
         rows = pyarrow.dataset.dataset(ANSWERS / name, format="parquet").to_table().to_pylist()
-        known = [(row, page) for row in rows if (page := truth(row, truths))]
-        row, page = known[number * len(known) // len(SHOWN)]
-        show(task, row, answers(page.content)[task].text)
+        known = [
+            (row, answers(page.content)[task].text) for row in rows if (page := truth(row, truths))
+        ]
+        show(task, *known[number * len(known) // len(SHOWN)])
         if (name, task) not in SHOWN[:number]:
             answered += [
-                Answered(
-                    i,
-                    task,
-                    answers(page.content)[task].text,
-                    row["text"] or "",
-                    held="extract" in task,
-                )
-                for i, (row, page) in enumerate(known)
+                Answered(i, task, expected, row["text"] or "", held=task.startswith("extract"))
+                for i, (row, expected) in enumerate(known)
             ]
     found, asked = score(answered), Counter(answer.task.split()[0] for answer in answered)
     console.print(

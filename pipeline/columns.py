@@ -81,14 +81,14 @@ class KeptColumns:
         self._found: dict[str, tuple[pa.DataType, str]] = {
             field.name: (field.type, "the dataset") for field in known or []
         }
-        self._there: dict[str, None] = {}
+        self._others: dict[str, None] = {}  # columns of files, in order
         if clash := [name for name in keep if name in _OWN_NAMES]:
             raise ConfigError(f"cannot keep {', '.join(clash)}: the output uses that name itself")
         if twice := sorted({name for name in keep if keep.count(name) > 1}):
             raise ConfigError(f"cannot keep {', '.join(twice)} twice")
 
     def add(self, schema: pa.Schema, file: str) -> None:
-        self._there |= dict.fromkeys(schema.names)
+        self._others |= dict.fromkeys(name for name in schema.names if name not in self.keep)
         for name in self.keep:
             if (index := schema.get_field_index(name)) < 0:
                 continue
@@ -107,8 +107,10 @@ class KeptColumns:
 
     def schema(self) -> pa.Schema:
         if missing := [name for name in self.keep if name not in self._found]:
-            there = f"; there are: {', '.join(self._there)}" if self._there else ""
-            raise ConfigError(f"cannot keep {', '.join(missing)}: no file has such a column{there}")
+            others = f"; there are: {', '.join(self._others)}" if self._others else ""
+            raise ConfigError(
+                f"cannot keep {', '.join(missing)}: no file has such a column{others}"
+            )
         return pa.schema([(name, self._found[name][0]) for name in self.keep])
 
 

@@ -88,11 +88,10 @@ def measure(chosen: Iterable[Setting], asked: Asked) -> Iterator[Measured]:
         fonts: held_out_pages(asked.pages, families, asked.seed)
         for fonts, families in FONTS.items()
     }
+    schemas = json_schemas()
     for setting in chosen:
         for fonts, drawn in pages.items():
-            answered = ask(
-                setting.config, drawn, asked.max_new_tokens, setting.fault, json_schemas()
-            )
+            answered = ask(setting.config, drawn, asked.max_new_tokens, setting.fault, schemas)
             loss = answer_loss(setting.config, drawn, setting.fault)
             yield Measured(setting, fonts, score(answered), loss, answered)
 

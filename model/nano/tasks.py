@@ -22,7 +22,6 @@ _TOKENS = Path(__file__).with_name("tokens.json")
 # Fields that JSON writes as numbers.
 _NUMBERS = {"total", "subtotal", "tax", "quantity", "unit_price", "amount"}
 
-
 # Names of fields, in order, and the fields inside them.
 Shape = dict[str, "Shape"]
 

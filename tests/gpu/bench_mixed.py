@@ -26,8 +26,9 @@ from model.engine.config import EngineConfig
 from model.engine.engine import Engine
 from model.nano.random_checkpoint import write_configuration
 from schemas.errors import VL01Error
-from tests.gpu.mixed_load import Load, Trend, gpu_bytes, rank_of
+from tests.gpu.mixed_load import Load, Trend, gpu_bytes
 from tests.gpu.mixed_requests import Books, Lengths, Stream
+from tests.model.engine.inside import rank_of
 
 PROBES = ("greedy", "greedy", "sampled", "top-p", "in circles", "held") * 3
 PROBE_NEW = Lengths(64, 64)

@@ -20,9 +20,9 @@ from model.config import VL01Config
 from model.engine.cost import Cost, Work
 from model.engine.engine import Engine
 from model.engine.microbatch import Image, Microbatch
-from model.engine.rank import Rank
 from model.engine.rank_in_process import RankInProcess
 from tests.gpu.mixed_requests import Books, Stream
+from tests.model.engine.inside import rank_of
 
 WAITING = 32  # requests besides those in memory: more prompts than one microbatch takes
 PATIENCE = 30.0  # seconds that the last answers may be late
@@ -253,12 +253,6 @@ def gpu_bytes() -> tuple[int, int]:
     if not torch.cuda.is_available():
         return 0, 0
     return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-
-
-def rank_of(engine: Engine) -> Rank:
-    ranks = engine._ranks
-    assert isinstance(ranks, RankInProcess)
-    return ranks._open_rank
 
 
 def saved_bytes(engine: Engine) -> int:

@@ -12,7 +12,6 @@ from model.engine.config import EngineConfig
 from model.engine.engine import Engine
 from model.engine.memory import Capacity
 from model.engine.rank import Rank
-from model.engine.rank_in_process import RankInProcess
 from model.layers.ragged import BLOCK_TOKENS
 from schemas.errors import ConfigError, EngineError, Reason, RowError
 from schemas.requests import FinishReason, Sampling
@@ -22,6 +21,7 @@ from tests.model.engine.conftest import (
     tight_memory,
     token_ids,
 )
+from tests.model.engine.inside import rank_of
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +115,10 @@ def test_an_engine_that_starts_over_keeps_nothing_of_preempted_rows(checkpoint, 
     with Engine(_config(checkpoint, **settings)) as engine:
         for request in growing:
             engine.add(request)
-        while not _rank(engine)._saved:
+        while not rank_of(engine)._saved:
             results += engine.step()
         engine._start_over("injected")
-        assert not _rank(engine)._saved
+        assert not rank_of(engine)._saved
         while engine.unfinished:
             results += engine.step()
     assert token_ids(results) == {each.id: generate_slowly(decoder, each) for each in growing}
@@ -129,15 +129,10 @@ def test_an_engine_that_starts_over_keeps_nothing_of_images(checkpoint, requests
     with Engine(_config(checkpoint, chunk_tokens=256)) as engine:
         engine.add(longest)
         engine.step()
-        assert _rank(engine)._features
+        assert rank_of(engine)._features
         engine._start_over("injected")
-        assert not _rank(engine)._features
+        assert not rank_of(engine)._features
         assert token_ids(list(engine.generate([]))) == {longest.id: expected[longest.id]}
-
-
-def _rank(engine: Engine) -> Rank:
-    assert isinstance(engine._ranks, RankInProcess)
-    return engine._ranks._open_rank
 
 
 def test_requests_join_and_leave_while_others_are_generated(engine, requests, expected):
@@ -267,7 +262,7 @@ def test_tiles_are_sent_once_and_their_features_let_go(engine, requests):
     assert all(live.tiles_to_send is None for live in engine._live.values())
     while engine.unfinished:
         engine.step()
-    assert not _rank(engine)._features
+    assert not rank_of(engine)._features
 
 
 def test_a_failure_of_the_one_rank_is_an_engine_error(checkpoint, monkeypatch):

@@ -1,13 +1,12 @@
 """The small checkpoint's tokenizer: what is learnt is what a grammar would have it write."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-import jobs
+from jobs.bench.quality import json_schemas
 from model.engine.constraint import Constraints
 from model.nano.pages.marked import NOWHERE
 from model.nano.quality import FONTS, held_out_pages
@@ -15,7 +14,6 @@ from model.nano.sizes import NANO, write_nano_configuration
 from model.nano.tasks import Answers, answers, prompts, schemas, tokens
 from model.nano.tokenizer import END, Tokens, write_told_tokenizer
 from model.tokenizer import Tokenizer as CheckpointTokenizer
-from schemas.extraction.schema import load_schema
 
 KEY_OF_JSON = re.compile(r'[{},\[]*"[a-z_]+":')
 
@@ -70,12 +68,12 @@ def test_a_grammar_allows_every_token_that_is_learnt(folder, tokenizer, known):
     checkpoint = CheckpointTokenizer.from_checkpoint(folder)
     end = tokenizer.token_to_id(END)
     constraints = Constraints(checkpoint.serialize(), NANO.vocab_size, [end], threads=1)
-    answer, asked, forced = Answers(tokenizer), set(), 0
+    answer, grammars, asked, forced = Answers(tokenizer), json_schemas(), set(), 0
     for task, truth in known:
         if task not in schemas():
             continue
         asked.add(task)
-        constraint = constraints.start(_grammar(task))
+        constraint = constraints.start(grammars[task])
         for token in answer.encode(truth).token_ids.tolist():
             bits = np.unpackbits(
                 constraints.masks([constraint])[0].view(np.uint8), bitorder="little"
@@ -85,12 +83,6 @@ def test_a_grammar_allows_every_token_that_is_learnt(folder, tokenizer, known):
             assert constraints.advance([constraint], [token]) == [True]
     assert asked == set(schemas())
     assert forced > 100
-
-
-def _grammar(task: str) -> str:
-    name = task.removeprefix("extract ")
-    file = Path(jobs.__path__[0]) / "schemas" / f"{name}.json"
-    return load_schema(file.read_text(encoding="utf-8")).json_schema
 
 
 def test_a_line_of_a_prompt_is_a_token(folder):
