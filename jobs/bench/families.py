@@ -13,7 +13,7 @@ _FAMILIES = {
             "softmax_warp", "TopK", "bitonicSort"),
     "projections": ("_product", "_sum_parts", "_linear"),
     "lightning": ("_lightning_",),
-    "softmax": ("_softmax_", "_write_keys_values", "_join_parts"),
+    "softmax": ("_softmax_", "_write_keys_values", "_join_parts", "_rotary"),
     "router and head": ("gemm", "nvjet", "cutlass", "splitK", "gemv"),
     "sampling": ("SoftMax", "ArgMax"),
 }  # fmt: skip

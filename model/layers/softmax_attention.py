@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import TextConfig
-from model.layers.dispatch import attention_kernels
+from model.layers.dispatch import attention_kernels, kernels
 from model.layers.linear import Linear, Quantization
 from model.layers.memory import LayerMemory
 from model.layers.ragged import BLOCK_TOKENS, Piece, RaggedBatch
@@ -29,8 +29,8 @@ def paged_attention(
 
     The scale is 1 / sqrt(D); products and softmax are computed in fp32.
     """
-    if kernels := attention_kernels(q_THD):
-        return kernels.paged_attention(q_THD, k_TGD, v_TGD, keys_BPGD, values_BPGD, batch)
+    if fast := attention_kernels(q_THD):
+        return fast.paged_attention(q_THD, k_TGD, v_TGD, keys_BPGD, values_BPGD, batch)
     _write(k_TGD, keys_BPGD, batch)
     _write(v_TGD, values_BPGD, batch)
     o_THD = torch.empty_like(q_THD)
@@ -99,23 +99,18 @@ class SoftmaxAttention(nn.Module):
         width, kv_width = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
         how: Any = {"dtype": dtype, "device": device, "quantization": quantization}
         self.layer = layer
-        self.widths, self.head_dim = (width, kv_width, kv_width), text.head_dim
+        self.heads, self.head_dim = (text.num_heads, text.num_kv_heads), text.head_dim
         self.rotary_dim, self.rope_theta = text.rotary_dim, text.rope_theta
         self.qkv_proj = Linear(text.hidden_size, width + 2 * kv_width, **how)
         self.out_proj = Linear(width, text.hidden_size, **how)
 
     def forward(self, x_TD: Tensor, batch: RaggedBatch, memory: LayerMemory) -> Tensor:
-        q_THD, k_TGD, v_TGD = (
-            part.unflatten(-1, (-1, self.head_dim))
-            for part in self.qkv_proj(x_TD).split(self.widths, dim=-1)
-        )
+        heads, groups = self.heads
+        qkv = self.qkv_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        qk, v_TGD = qkv.split((heads + groups, groups), dim=1)
         cos_TR, sin_TR = rotary_tables(batch.positions_T, self.rotary_dim, self.rope_theta)
-        o_THD = paged_attention(
-            rotary(q_THD, cos_TR, sin_TR),
-            rotary(k_TGD, cos_TR, sin_TR),
-            v_TGD,
-            memory.keys[self.layer],
-            memory.values[self.layer],
-            batch,
-        )
+        turn = fast.rotary if (fast := kernels(x_TD)) else rotary
+        q_THD, k_TGD = turn(qk, cos_TR, sin_TR).split((heads, groups), dim=1)
+        keys, values = memory.keys[self.layer], memory.values[self.layer]
+        o_THD = paged_attention(q_THD, k_TGD, v_TGD, keys, values, batch)
         return self.out_proj(o_THD.flatten(1))

@@ -254,7 +254,7 @@ def _softmax(
 ) -> tuple[Tensor, Memory, tuple[Tensor, Tensor]]:
     qkv = functional.linear(x, attention.qkv_proj.weight)
     qkv = qkv.unflatten(-1, (-1, attention.head_dim))
-    heads, groups = (width // attention.head_dim for width in attention.widths[:2])
+    heads, groups = attention.heads
     cos, sin = rotary_tables(positions, attention.rotary_dim, attention.rope_theta)
     turned = rotary(qkv[:, :, : heads + groups], cos, sin)[:, padding:]
     (q, k), v = turned.split([heads, groups], dim=2), qkv[:, padding:, heads + groups :]

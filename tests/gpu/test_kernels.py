@@ -1,5 +1,7 @@
 """Every kernel against its slow twin in fp32; the bounds are a few roundings to bf16 (2^-9)."""
 
+import sys
+
 import pytest
 import torch
 
@@ -12,10 +14,14 @@ from model.layers import softmax_attention as slow_softmax
 from model.layers.dispatch import plain_layers
 from model.layers.memory import RECENT_TOKENS
 from model.layers.ragged import BLOCK_TOKENS, RaggedBatch
+from model.layers.rotary import rotary as slow_rotary
+from model.layers.rotary import rotary_tables
 from model.layers.states import States
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
+
+from triton.runtime.jit import JITFunction  # pyright: ignore[reportMissingImports]
 
 from model.layers.kernels import (
     experts,
@@ -23,6 +29,7 @@ from model.layers.kernels import (
     lightning_attention,
     norm,
     paged_attention,
+    rotary,
     route,
 )
 from model.layers.kernels.experts import group_rows
@@ -131,6 +138,20 @@ def test_the_largest_logits_are_chosen_and_share_what_is_theirs(tokens, count, c
     torch.testing.assert_close(weights, slow, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("half", [32, 24])
+@pytest.mark.parametrize("tokens", [1, 7, 3000])
+def test_heads_turn_in_place_and_what_lies_beside_them_stays(tokens, half):
+    qkv = random(tokens, 12, 128)  # the last two heads are values
+    before = qkv.clone()
+    cos, sin = rotary_tables(torch.arange(tokens, device=DEVICE) * 3 + 7, 2 * half, 1e7)
+    turned = rotary(qkv[:, :10], cos, sin)
+    slow = slow_rotary(before[:, :10].float(), cos, sin)
+    assert turned.data_ptr() == qkv.data_ptr()
+    assert error(turned[..., : 2 * half], slow[..., : 2 * half]) < 2**-8
+    assert torch.equal(turned[..., 2 * half :], before[:, :10, 2 * half :])
+    assert torch.equal(qkv[:, 10:], before[:, 10:])
+
+
 @pytest.mark.parametrize("tokens", [3, 2000])
 def test_experts_are_added_to_their_input(tokens):
     x = random(tokens, 256)
@@ -164,7 +185,7 @@ def test_rows_keep_their_order_within_an_expert(rows):
 
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("skew", ["even", "one expert"])
-@pytest.mark.parametrize("tokens", [1, 5, 128, 300, 500, 1100, 1500, 2000])  # short tiles too
+@pytest.mark.parametrize("tokens", [1, 5, 60, 128, 150, 300, 500, 1100, 2000])  # short tiles too
 def test_experts_agree_with_the_loop_over_experts(tokens, skew, quantized):
     count, width, hidden = 8, 384, 256
     x = random(tokens, hidden)
@@ -196,7 +217,7 @@ def test_a_product_is_the_same_every_time(tokens, quantize_x):
 
 
 @pytest.mark.parametrize("quantize_x", [False, True])
-@pytest.mark.parametrize("tokens", [20, 300, 1100, 2000])
+@pytest.mark.parametrize("tokens", [20, 60, 150, 300, 1100, 2000])
 def test_experts_are_the_same_every_time(tokens, quantize_x):
     x = random(tokens, 1024)
     chosen, weights = slow_moe.route(torch.randn(tokens, 8, device=DEVICE), 2)
@@ -288,6 +309,57 @@ def test_a_decode_state_loses_nothing_to_bf16():
         )
         assert error(fast, slow) < 5e-3
     assert error(states.read(list(range(4))), state) < 1e-4
+
+
+def compiled() -> int:
+    """Kernels that Triton has compiled or loaded for the functions of model.layers.kernels."""
+    functions = {
+        id(function): function
+        for name, module in sys.modules.items()
+        if name.startswith("model.layers.kernels.")
+        for function in vars(module).values()
+        if isinstance(function, JITFunction)
+    }
+    return sum(len(kernels) for f in functions.values() for kernels, *_ in f.device_caches.values())
+
+
+def every_layer(lengths, contexts):
+    """All kernels of layers, for a batch."""
+    tokens, slots = sum(lengths), list(range(len(lengths)))
+    batch = batch_of(lengths, contexts, slots, 400)
+    x = random(tokens, 1024)
+    for silu in (False, True):
+        int8_linear(x, *random_int8(9216, 1024), silu=silu)
+    chosen, weights = route(random(tokens, 8), 2)
+    w13, w2 = random_int8(8, 1024, 1024), random_int8(8, 1024, 512)
+    experts(x, chosen, weights, *w13, *w2)
+    q, k, v = random(tokens, 8, 3 * 128).split(128, dim=-1)
+    cos, sin = rotary_tables(batch.positions_T, 64, 1e7)
+    rotary(k, cos, sin)
+    keys, values = torch.zeros(2, 400, BLOCK_TOKENS, 8, 128, device=DEVICE).bfloat16()
+    paged_attention(q, k, v, keys, values, batch)
+    recent = random(len(slots), 8, 2, RECENT_TOKENS, 128)
+    states = States.empty(len(slots), 8, 128, DEVICE, packed=True)
+    lightning_attention(q, k, v, torch.rand(8, device=DEVICE), states, batch, recent)
+
+
+@pytest.mark.parametrize(
+    ("first", "others"),
+    [
+        (([1] * 50, 100), [([1] * 51, 3), ([1] * 57, 90), ([1] * 64, 101)]),
+        (([2000], 0), [([1003, 1, 999], 0), ([600, 512, 777, 331], 128)]),
+    ],
+    ids=["decode", "prompts"],
+)
+def test_a_batch_of_another_size_waits_for_no_compiler(first, others):
+    """A kernel takes a second to compile, and meanwhile the GPU has nothing to do."""
+    every_layer(first[0], [first[1]] * len(first[0]))
+    every_layer([2000, 1], [0, 100])  # both parts of a mixed one
+    known = compiled()
+    assert known > 10
+    for lengths, context in others:
+        every_layer(lengths, [context] * len(lengths))
+    assert compiled() == known
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(64, 8), (4, 4)])

@@ -5,6 +5,7 @@ from model.layers.kernels.lightning_attention import lightning_attention
 from model.layers.kernels.linear import int8_linear
 from model.layers.kernels.mask import mask_logits
 from model.layers.kernels.norm import gated_norm, residual_norm, rms_norm
+from model.layers.kernels.rotary import rotary
 from model.layers.kernels.route import route
 from model.layers.kernels.softmax_attention import paged_attention
 
@@ -17,5 +18,6 @@ __all__ = [
     "paged_attention",
     "residual_norm",
     "rms_norm",
+    "rotary",
     "route",
 ]

@@ -43,10 +43,13 @@ CONFIGS = (
     (192, ExpertsConfig(GroupedConfig(64, 64, 128, 8, 3), GroupedConfig(128, 128, 128, 8, 3))),
     (1 << 62, ExpertsConfig(GroupedConfig(64, 128, 64, 4, 4), GroupedConfig(128, 128, 64, 4, 4))),
 )
-# Rows an expert. From so many on, prompts.py is faster (2.5 against 3.3 ms at 64, and 2.2 with int8
-# inputs).
-LEAST_ROWS = 64
+# Rows an expert. From so many on, prompts.py is faster (2.02 against 2.09 ms at 16, 2.06 against
+# 2.41 at 24; 1.98 against 1.94 at 8).
+LEAST_ROWS = 12
 SORT_ROWS = 256
+# Parts of so many rows that a decode step has at most. One kernel for all these, and one for most
+# prompts: each takes a second to compile.
+_DECODE_PARTS = 8
 
 
 def experts(
@@ -125,7 +128,7 @@ class GroupedRows:
         count_1 = torch.empty(1, device=self.ends_E.device, dtype=torch.int32)
         block = 128
         _list_tiles[(triton.cdiv(most, block),)](
-            self.ends_E, tiles_W3, count_1, self.experts, most, TILE=tile, BLOCK=block,
+            self.ends_E, tiles_W3, count_1, self.experts, most, tile, BLOCK=block,
             EXPERTS=triton.next_power_of_2(self.experts),
         )  # fmt: skip
         return tiles_W3, count_1
@@ -150,7 +153,7 @@ def group_rows(experts_TK: Tensor, count: int) -> GroupedRows:
         ends_E,
         rows,
         count,
-        PARTS=triton.next_power_of_2(parts),
+        PARTS=_DECODE_PARTS if parts <= _DECODE_PARTS else max(128, triton.next_power_of_2(parts)),
         **sizes,
     )
     return GroupedRows(rows_R, ends_E)
@@ -171,7 +174,7 @@ def _launch(kernel, config, grouped, x, weight_ENK, scale_EN1, out, outputs, wid
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _count_rows(chosen, counts, rows, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.load(chosen + row, mask=row < rows, other=-1).to(tl.int32)
@@ -180,7 +183,7 @@ def _count_rows(chosen, counts, rows, EXPERTS: tl.constexpr, ROWS: tl.constexpr)
     tl.store(counts + tl.program_id(0) * EXPERTS + each, tl.sum(hits, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _place_rows(
     chosen, counts, sorted_rows, ends, rows, count,
     PARTS: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
@@ -207,25 +210,24 @@ def _place_rows(
     tl.store(sorted_rows + place, row, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most", "tile"])
 def _list_tiles(
-    ends, tiles, tile_count, count, most,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+    ends, tiles, tile_count, count, most, tile, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """An expert's tiles follow each other; those past the last are of an expert that is none."""
     each = tl.arange(0, EXPERTS)
     end = tl.load(ends + each, mask=each < count, other=0)
     start = tl.load(ends + each - 1, mask=(each > 0) & (each < count), other=0)
-    number = tl.where(each < count, (end - start + TILE - 1) // TILE, 0)
+    number = tl.where(each < count, (end - start + tile - 1) // tile, 0)
     last = tl.cumsum(number, 0)
     work = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     passed = (last[None, :] <= work[:, None]) & (each < count)[None, :]
     expert = tl.sum(passed.to(tl.int32), 1)
     mine = each[None, :] == expert[:, None]
-    before = tl.sum(tl.where(mine, start - (last - number) * TILE, 0), 1)
+    before = tl.sum(tl.where(mine, start - (last - number) * tile, 0), 1)
     live = work < most
     tl.store(tiles + 3 * work, expert, mask=live)
-    tl.store(tiles + 3 * work + 1, before + work * TILE, mask=live)
+    tl.store(tiles + 3 * work + 1, before + work * tile, mask=live)
     tl.store(tiles + 3 * work + 2, tl.sum(tl.where(mine, end, 0), 1), mask=live)
     if tl.program_id(0) == 0:
         tl.store(tile_count, tl.sum(number, 0))

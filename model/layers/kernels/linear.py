@@ -44,6 +44,7 @@ CONFIGS = (
 )
 ENOUGH_TILES = 288  # more than two a multiprocessor of an H100: K need not be split to fill it
 MOST_NARROW = 128  # tokens; more of them go to prompts.py
+MOST_NARROW_WIDE = 64  # of products with so many outputs that prompts.py has tiles for all
 GROUPED_TILES = 4  # token tiles that share a weight tile while it is in the L2 cache
 
 
@@ -65,8 +66,9 @@ def int8_linear(
         raise ValueError(f"{tokens} tokens of {width}; the kernels index x with 32 bits")
     x_TK = x_TK.contiguous()
     if config is None and prompts and prompts.can_multiply(width):
-        quantize_x = quantize_x and prompts.can_fill(tokens, outputs, x_TK.device)
-        if quantize_x or tokens > MOST_NARROW:
+        fills = prompts.can_fill(tokens, outputs, x_TK.device)
+        quantize_x = quantize_x and fills
+        if quantize_x or tokens > (MOST_NARROW_WIDE if fills else MOST_NARROW):
             prompts.linear(x_TK, weight_NK, scale_N1, y_TN, silu=silu, quantize_x=quantize_x)
             return y_TN
     config = config or next(c for most, c in CONFIGS if tokens <= most)
@@ -91,7 +93,7 @@ def int8_linear(
     return y_TN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _product(
     x, weight, scale, y, T, N, K: tl.constexpr, PART: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, GROUPED: tl.constexpr,

@@ -27,7 +27,7 @@ def _name(kernel) -> str:
     return product + ("_upcast" if of["UPCAST"] else "_int8")
 
 
-@gluon.jit(repr=_name)
+@gluon.jit(repr=_name, do_not_specialize=["tiles", "R"])
 def product(
     x, short_x, weight, x_scale, scale, y, places, tiles, sorted_rows, route_weights, R, N,
     K: gl.constexpr, HALVES: gl.constexpr, GROUPED: gl.constexpr, SILU: gl.constexpr,
@@ -102,7 +102,7 @@ def _copy_tiles(
             mbarrier.wait(empty.index(slot), step // STAGES & 1 ^ 1)
             ready = full.index(slot)
             # What tiles copy from the L2 cache is a limit of theirs beside what they multiply.
-            if GROUPED and end - first <= SHORT:
+            if GROUPED and TOKENS > SHORT and end - first <= SHORT:
                 mbarrier.expect(ready, SHORT * BYTES + HALVES * HALF * COLUMNS)
                 short = xs.index(slot).slice(0, SHORT)
                 tma.async_copy_global_to_shared(short_x, [first, k], ready, short)
@@ -250,7 +250,7 @@ def _multiply_tiles(
         tensors = (slots, x_scale, scale, y, sorted_rows, route_weights)
         at = (N, block, expert, first, end)
         # An expert's last rows rarely fill a tile.
-        if not GROUPED or TOKENS == SHORT or end - first > SHORT:
+        if not GROUPED or TOKENS <= SHORT or end - first > SHORT:
             step = _tile(tensors, at, step, K, SILU, ROUTED, UPCAST, TOKENS, PAIRS)
         elif end - first > 64:
             step = _tile(tensors, at, step, K, SILU, ROUTED, UPCAST, SHORT, PAIRS)

@@ -34,16 +34,25 @@ class Tile:
     stages: int
 
 
-# Measured on an H100 at [9216, 6144] and with 32 experts of it (tests/gpu/bench_kernels.py). FEW is
-# for experts of few rows alone: 2.5 against 3.5 ms at 64, 4.1 against 3.9 at 128. There are no fp8
-# inputs: torch's product of them, a scale a row, reaches 1,318 TFLOP/s where INT8 reaches 1,382,
-# and at 16,384 tokens 1,298 against 1,295. MANY shares by five, which has no factor in common with
-# 132 multiprocessors: by four each of them would meet one place of every four tiles only, and so
-# more or fewer short tiles (an expert's last) than others.
+# Measured on an H100 at [9216, 6144] and with 32 experts of it (tests/gpu/bench_kernels.py). There
+# are no fp8 inputs: torch's product of them, a scale a row, gets to 1,318 TFLOP/s where INT8 gets
+# to 1,382, and at 16,384 tokens 1,298 against 1,295. FEW is for experts of few rows, and in decode
+# for wide products: 0.092 against 0.102 ms of linear.py's at 128 tokens of [24576, 6144]. MANY
+# shares by five, which has no factor in common with 132 multiprocessors: by four each of them would
+# meet one place of every four tiles only, and so more or fewer short tiles (an expert's last) than
+# others.
 INT8 = Tile(tokens=128, rows=256, shared=16, stages=4)
 FEW = Tile(tokens=128, rows=256, shared=8, stages=5)
 MANY = Tile(tokens=256, rows=128, shared=5, stages=4)
-MOST_FEW_ROWS = 96  # an expert
+# Up to so many rows an expert. Of neighbours at 24: 2.06 and 2.10 ms; at 32: 2.48 and 2.12; at 64:
+# 2.84 and 2.79; at 128: 4.1 and 3.9.
+EXPERTS = (
+    (24, Tile(tokens=32, rows=128, shared=8, stages=16)),
+    (48, Tile(tokens=64, rows=256, shared=8, stages=8)),
+    (96, FEW),
+    (1 << 62, MANY),
+)
+LEAST_INT8 = 49  # rows an expert; with fewer, reading the weights takes all the time
 
 
 def _pairs_layout(rows: int, halves: int):
@@ -79,7 +88,7 @@ def linear(
 ) -> None:  # fmt: skip
     """y = x (scale * weight)^T, through silu if asked."""
     rows = quantize_rows(x_TK) if quantize_x else (x_TK, scale_N1)
-    tile = tile or (INT8 if quantize_x else MANY)
+    tile = tile or (INT8 if quantize_x else FEW if len(x_TK) <= FEW.tokens else MANY)
     tiles = triton.cdiv(len(x_TK), tile.tokens)
     _launch(tile, *rows, weight_NK[None], scale_N1, y_TN, tiles, SILU=silu)
 
@@ -91,8 +100,9 @@ def experts(
     """y[original row] = routing weight * w2(silu(w1 x) * w3 x)."""
     count, doubled, hidden = w13_EFD.shape
     h_RF = torch.empty(len(y_RD), doubled // 2, device=x_TD.device, dtype=x_TD.dtype)
-    few = len(y_RD) <= MOST_FEW_ROWS * count
-    tile = tile or (INT8 if quantize_x else FEW if few else MANY)
+    quantize_x = quantize_x and len(y_RD) >= LEAST_INT8 * count
+    chosen = next(tile for most, tile in EXPERTS if len(y_RD) <= most * count)
+    tile = tile or (INT8 if quantize_x else chosen)
     places, tiles = grouped.tiles(tile.tokens)
     w13 = w13_EFD.view(2 * count, -1, hidden), w13_scale_EF1
     w2 = w2_EDF, w2_scale_ED1

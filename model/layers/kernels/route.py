@@ -26,7 +26,7 @@ def route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return experts_TK, weights_TK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route(
     logits, experts, weights, T, E, CHOICES: tl.constexpr, PADDED: tl.constexpr,
     TOKENS: tl.constexpr, EXPERTS: tl.constexpr,

@@ -16,6 +16,7 @@ QUERY_TILE = 64  # tokens of a prompt chunk a program
 WRITE_TILE = 64
 WANTED_PROGRAMS = 528  # four a multiprocessor of an H100, to split long contexts of few sequences
 LEAST_BLOCKS = 4  # of a split
+USUAL_SEQUENCES = 512  # of a batch, at most: one kernel for all these
 
 
 def paged_attention(
@@ -35,7 +36,7 @@ def paged_attention(
     pools = (keys_BPGD, values_BPGD)
     where = (batch.offsets_S1, batch.contexts_S, batch.blocks_SB)
     sequences, table = batch.blocks_SB.shape
-    padded = triton.next_power_of_2(sequences)
+    padded = max(USUAL_SEQUENCES, triton.next_power_of_2(sequences))
     sizes = {"WIDTH": width, "BLOCK": keys_BPGD.shape[1]}
 
     tiles = sum(triton.cdiv(length, WRITE_TILE) for length in batch.lengths)
@@ -73,7 +74,7 @@ def _attend_single(q_THD, pools, o_THD, where, groups, scale, sizes):
     if splits > 1:
         _join_parts[(heads, sequences)](
             parts, weights, o_THD, where[0], splits, heads, WIDTH=width,
-            SPLITS=triton.next_power_of_2(splits), num_warps=1,
+            SPLITS=max(8, triton.next_power_of_2(splits)), num_warps=1,
         )  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def _find_tile(
     return sequence, program - before
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "table"])
 def _write_keys_values(
     k, v, keys, values, offsets, contexts, blocks, count, table, groups,
     k_token, k_group, v_token, v_group,
@@ -143,7 +144,7 @@ def _attend(
     return total, most, norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "table"])
 def _softmax_chunks(
     q, keys, values, o, offsets, contexts, blocks, count, table, groups, q_token, q_head, scale,
     HEADS: tl.constexpr, SEQUENCES: tl.constexpr, TILE: tl.constexpr,
@@ -183,7 +184,7 @@ def _softmax_chunks(
     tl.store(o + (token * HEADS + head) * WIDTH + d[None, :], out.to(o.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table", "split_blocks"])
 def _softmax_single_tokens(
     q, keys, values, o, parts, weights, offsets, contexts, blocks, table, split_blocks, groups,
     q_token, q_head, scale, SHARED: tl.constexpr, SHARED_TILE: tl.constexpr, WHOLE: tl.constexpr,
@@ -222,7 +223,7 @@ def _softmax_single_tokens(
         tl.store(weights + part * 2 + 1, norm, mask=shared < SHARED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _join_parts(
     parts, weights, o, offsets, splits, heads, WIDTH: tl.constexpr, SPLITS: tl.constexpr
 ):
