@@ -12,11 +12,13 @@ import torch
 class BusyClock:
     """Adds up what is computed inside `computing`, without waiting for the device.
 
-    One thread computes; any may read.
+    One thread computes; any may read. Events are asked on their own device: a thread is on GPU 0
+    unless it is put elsewhere, and would make a context there, half a GiB for each of the ranks.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
+        self._device = device
         self._seconds = 0.0
         self._finished = 0
         self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -37,9 +39,21 @@ class BusyClock:
     @property
     def device_computes(self) -> bool:
         """Is a CUDA device at work on what it was given? Not while it waits for another's."""
+        return self._oldest() == (True, False)
+
+    @property
+    def device_waits(self) -> bool:
+        """Was it given something that it has not begun, for it waits for another's?"""
+        return self._oldest() == (False, False)
+
+    def _oldest(self) -> tuple[bool, bool] | None:
+        """Has the device begun, and ended, the first of what is not known to have ended?"""
         with self._reading:
-            began, ended = self._pending[0] if self._pending else (None, None)
-        return bool(began and ended and began.query() and not ended.query())
+            if not self._pending:
+                return None
+            with torch.cuda.device(self._device):
+                began, ended = (event.query() for event in self._pending[0])
+                return began, ended
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -57,7 +71,14 @@ class BusyClock:
 
     def _read(self) -> None:
         with self._reading:
-            while self._pending and self._pending[0][1].query():
-                began, ended = self._pending.popleft()
-                self._seconds += began.elapsed_time(ended) / 1000
-                self._finished += 1
+            while self._pending and self._count(*self._pending[0]):
+                self._pending.popleft()
+
+    def _count(self, began: torch.cuda.Event, ended: torch.cuda.Event) -> bool:
+        """Has the device come to the end of it?"""
+        with torch.cuda.device(self._device):
+            if not ended.query():
+                return False
+            self._seconds += began.elapsed_time(ended) / 1000
+            self._finished += 1
+            return True

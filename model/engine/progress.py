@@ -51,8 +51,9 @@ class Progress:
         seconds, progress = clock.seconds, self._steps + clock.finished
         if not clock.on_cuda:
             progress += int(time.clock_gettime(self._thread_clock) / _CPU_SECONDS)
-        # The host may be done with what its device computes.
-        waits = self._waits and not clock.device_computes
+        # The host may be done with what its device computes; or be so far ahead of a device that
+        # waits for the rank before that it can launch no more.
+        waits = clock.device_waits or (self._waits and not clock.device_computes)
         return Alive(self._doing, progress, waits, seconds)
 
     def _compiles(self) -> bool:

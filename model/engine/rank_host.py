@@ -132,7 +132,9 @@ def _environment(interface: str | None) -> dict[str, str]:
 
     torch.distributed warns about every pair of ranks that it links on first use; that is meant.
     """
-    links = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+    links = {}
+    if interface:  # NCCL would also take eth10 for eth1
+        links = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
     return {
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         **GIVE_MEMORY_BACK,

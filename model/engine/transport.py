@@ -13,9 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from schemas.errors import EngineError
+
 # Ranks wait for each other as long as it takes: one may load its weights for half an hour. That
 # one has died is noticed by the coordinator, which ends the others.
 _PATIENCE = timedelta(days=30)
+_TO_LINK = timedelta(minutes=5)
 _SENDS_IN_FLIGHT = 2
 
 # Where ranks find each other: a file that all can open, or an address that all can reach.
@@ -40,7 +43,10 @@ class Meeting:
 
 
 class Transport:
-    """One rank's links to the rank before and the rank after it."""
+    """One rank's links to the rank before and the rank after it, made on construction.
+
+    Raises EngineError when they cannot be: GPUs that do not reach each other, or no neighbour.
+    """
 
     def __init__(
         self, rank: int, ranks: int, device: torch.device, meeting_point: MeetingPoint
@@ -58,6 +64,25 @@ class Transport:
         self._rank = rank
         self.device = device
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
+        try:
+            self._link(ranks)
+        except RuntimeError as error:
+            raise EngineError(
+                f"rank {rank} of {ranks} has no link to its neighbours: {error}. For GPUs, "
+                "NCCL_DEBUG=INFO shows what was tried; where it stops, try NCCL_P2P_DISABLE=1."
+            ) from error
+
+    def _link(self, ranks: int) -> None:
+        """A number over each link. NCCL makes a link only then, out of GPU memory that would else
+        be taken for free. It waits for both ranks, so every other one begins with its other link.
+        """
+        work, number = [], torch.zeros(1, device=self.device)
+        ways = [(dist.isend, self._rank + 1), (dist.irecv, self._rank - 1)]
+        for go, neighbour in ways if self._rank % 2 == 0 else reversed(ways):
+            if 0 <= neighbour < ranks:
+                work.append(go(number, neighbour))
+        for each in work:
+            each.wait(_TO_LINK)
 
     def receive(self, tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
         """The next hidden_TD of the rank before."""

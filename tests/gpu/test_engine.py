@@ -71,11 +71,15 @@ def logits_along(decoder: Decoder, request: Request, written: tuple[int, ...]) -
     return decoder.logits(hidden[len(prompt) - 1 :])
 
 
-@pytest.mark.parametrize("quantization", ["int8", "none"])
+@pytest.mark.parametrize(
+    ("quantization", "ranks"), [("int8", 1), ("none", 1), ("int8", 2), ("int8", 4)]
+)
 def test_greedy_tokens_are_the_references_wherever_rounding_cannot_change_them(
-    checkpoint, requests, quantization
+    checkpoint, requests, quantization, ranks
 ):
-    config = EngineConfig(str(checkpoint), quantization=quantization, **SETTINGS)
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} CUDA devices")
+    config = EngineConfig(str(checkpoint), ranks=ranks, quantization=quantization, **SETTINGS)
     with Engine(config) as engine:
         written = token_ids(list(engine.generate(requests)))
     exact, rounded = (

@@ -88,13 +88,14 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def loaded() -> Callable[..., Decoder]:
     """What Rank loads, each span once: no engine changes its weights."""
-    load = rank_module._load
-    return cache(lambda config, rank, device: load(config, rank, device))
+    original = rank_module._load
+    load = cache(lambda config, rank, device: original(config, rank, device, lambda _: None))
+    return lambda config, rank, device, at: load(config, rank, device)
 
 
 @pytest.fixture(scope="module")
 def alone(checkpoint) -> Alone:
-    decoder = rank_module._load(_plain(checkpoint, 1), 0, torch.device("cpu"))
+    decoder = rank_module._load(_plain(checkpoint, 1), 0, torch.device("cpu"), lambda _: None)
     return Alone(decoder, Tokenizer.from_checkpoint(checkpoint), prompts=24)
 
 
@@ -137,7 +138,7 @@ Start = Callable[[Case, random.Random], Engine]
 @pytest.fixture
 def start(monkeypatch, checkpoint, loaded, alone) -> Start:
     def start(case: Case, rng: random.Random) -> Engine:
-        def in_line(config: EngineConfig, _hosts=None) -> RanksInLine:
+        def in_line(config: EngineConfig, *_: object) -> RanksInLine:
             return RanksInLine(config, case.capacity, rng)
 
         if case.late:

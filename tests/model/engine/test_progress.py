@@ -2,17 +2,39 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from model.engine.messages import Alive
 from model.engine.progress import Progress
 from model.engine.vital_signs import VitalSigns, hung
 
 NO_LAYERS: Any = SimpleNamespace(layers={}, is_first=False)
+COMPUTES = Alive("computing microbatch 7", progress=0, waits=False, busy_seconds=0.0)
+
+
+class Device:
+    """A GPU, and the events of it."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.begun = self.ended = False
+        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "Event", self._event)
+        self._events = 0
+
+    def _event(self, **_: Any) -> Any:
+        self._events += 1
+        ends = self._events % 2 == 0
+        return SimpleNamespace(
+            record=lambda: None,
+            query=lambda: self.ended if ends else self.begun,
+            elapsed_time=lambda _: 1.0,
+        )
 
 
 def after(progress: Progress, seconds: int) -> dict[int, str]:
@@ -57,6 +79,30 @@ def test_a_rank_that_hangs_where_a_kernel_is_launched_is_hung():
     progress = Progress()
     with at_work_in("triton.runtime.jit", progress):
         assert after(progress, 31) == {0: "no progress for 31 s, is computing microbatch 7"}
+
+
+def test_a_rank_that_can_launch_no_more_while_its_gpu_waits_for_a_slow_one_is_not_hung(
+    monkeypatch,
+):
+    device, progress = Device(monkeypatch), Progress()
+    clock = progress.follow(NO_LAYERS, torch.device("cuda"))
+    with clock.computing():
+        progress.at("computing microbatch 0")
+    progress.at("computing microbatch 1")
+
+    def verdict(slow: Alive) -> dict[int, str]:
+        signs = [VitalSigns(), VitalSigns()]
+        for second in range(60):
+            for each, said in zip(signs, (slow, progress.alive()), strict=True):
+                each.heard(replace(said, progress=second) if said is slow else said)
+                each.passed(1.0)
+        return hung(signs, patience=30)
+
+    assert verdict(COMPUTES) == {}
+    device.begun = True  # what it waited for came, and now a kernel of its own never ends
+    assert list(verdict(COMPUTES)) == [1]
+    device.begun = device.ended = True
+    assert list(verdict(COMPUTES)) == [1]
 
 
 @pytest.mark.gpu
