@@ -130,13 +130,22 @@ class AddressList:
             yield Group(offset, tuple(members))
 
     def values(self, group: Group) -> list[dict[str, Any]]:
-        """By column, for each row of a group; none where the list was changed since."""
+        """By column, for each row of a group. Where lines were moved since, the whole list is gone
+        through; a row that is in it no more, or whose line never had an address, has none then."""
         found = list(islice(self._records(group.offset), len(group.members)))
-        found += [Record(0, 0, None, {})] * (len(group.members) - len(found))
-        return [
-            record.values if record.address == address_of(member) else {}
-            for record, member in zip(found, group.members, strict=True)
-        ]
+        addresses = [address_of(member) for member in group.members]
+        if [record.address for record in found] == addresses:
+            return [record.values for record in found]
+        moved = self._values_by_member(group.members)
+        return [moved.get(member, {}) for member in group.members]
+
+    def _values_by_member(self, members: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Of those that have an address: the others are called after the line they had."""
+        wanted = {member for member in members if address_of(member) is not None}
+        repeated = self._repeated()
+        seen: Counter[str] = Counter()
+        named = ((_member(record, repeated, seen), record) for record in self._records())
+        return {member: record.values for member, record in named if member in wanted}
 
     def _repeated(self) -> set[int]:
         """The hashes of the addresses that come more than once."""
@@ -160,13 +169,15 @@ class AddressList:
         lines = _Lines(self._file, self._address)
         if self._kind == "csv":
             return self._csv_records(lines, offset)
+        if self._kind == "jsonl":
+            return self._json_records(lines, offset)
         lines.seek(offset)
-        return self._json_records(lines) if self._kind == "jsonl" else _text_records(lines)
+        return _text_records(lines)
 
     def _csv_records(self, lines: "_Lines", offset: int) -> Iterator[Record]:
         reader = csv.reader(lines, strict=True)  # else an open quote swallows what follows it
         try:
-            header = next(reader, [])
+            header = next(filter(None, reader), [])  # a blank line is none, as among the records
             if not header:
                 return
             if (column := choose_column(header, self._uri_column)) is None:
@@ -181,18 +192,28 @@ class AddressList:
         except csv.Error as error:
             raise ConfigError(f"{self._address}, line {lines.number}: {error}") from error
 
-    def _json_records(self, lines: "_Lines") -> Iterator[Record]:
-        column = self._uri_column
+    def _json_records(self, lines: "_Lines", offset: int) -> Iterator[Record]:
+        column = self._uri_column or self._column_of_first_line()
+        lines.seek(offset)
         start = lines.offset
         for line in lines:
             if not line.isspace():
                 values = _parse(line)
-                if values and column is None and (column := choose_column(values, None)) is None:
-                    where = f"{self._address}, line {lines.number}"
-                    raise ConfigError(f"{where}: {no_column(values, None)}")
                 address = values.get(column) if column else None
                 yield Record(start, lines.number, _usable(address), values)
             start = lines.offset
+
+    def _column_of_first_line(self) -> str | None:
+        """Of a .jsonl, wherever it is read from: lines further on may have others too. None where
+        no line is an object."""
+        lines = _Lines(self._file, self._address)
+        for line in lines:
+            if values := _parse(line):
+                if (column := choose_column(values, None)) is None:
+                    where = f"{self._address}, line {lines.number}"
+                    raise ConfigError(f"{where}: {no_column(values, None)}")
+                return column
+        return None
 
 
 def _text_records(lines: "_Lines") -> Iterator[Record]:

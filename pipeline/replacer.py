@@ -112,9 +112,10 @@ def merge(old: pa.Table, new: pa.Table, unit: Unit, kept: list[str]) -> pa.Table
     columns carried over from the source, which are named `kept`.
 
     A row that the unit wants is replaced by the new one unless that is worse, and has the attempts
-    of both; a failed one keeps its kept columns. Rows that did not come, or were not wanted, stay.
-    Where a row stood for unknown ones, those that came
-    follow the known ones, and it stays only if it came again.
+    of both. Rows that did not come, or were not wanted, stay; so does a value of a kept column that
+    its source tells no more, as a damaged file does, or a list with other lines before it.
+    Where a row stood for unknown ones, those that came follow the known ones, and it stays only if
+    it came again.
     """
     both = pa.concat_tables([old, new])
     judged = both.select(["status", "reason", "text", "output_tokens"]).to_pylist()
@@ -122,22 +123,24 @@ def merge(old: pa.Table, new: pa.Table, unit: Unit, kept: list[str]) -> pa.Table
     known, came = ids[: old.num_rows], {row: i for i, row in enumerate(ids) if i >= old.num_rows}
     missing = stand_ins(unit) if unit.only is None else frozenset()
 
-    takes, keeps, tries = [], [], []
+    takes, olds, tries = [], [], []
     for i, row in enumerate(known):
         if row in missing and unit.wants(row) and row not in came:
             continue
         n = came[row] if row in came and unit.wants(row) else i
         takes.append(i if _is_worse(judged[n], judged[i]) else n)
-        keeps.append(i if judged[n]["status"] == Status.FAILED else takes[-1])
+        olds.append(i)
         tries.append(attempts[i] if n == i else (attempts[i] or 0) + (attempts[n] or 0))
     if missing:
         found = sorted(came[row] for row in came.keys() - set(known) - _vanished(unit, set(known)))
-        takes, keeps = takes + found, keeps + found
+        takes, olds = takes + found, olds + found
         tries += [attempts[i] for i in found]
 
-    merged, carried = both.take(takes), both.select(kept).take(keeps)
+    merged = both.take(takes)
     for name in kept:
-        merged = merged.set_column(merged.column_names.index(name), name, carried[name])
+        told = both[name].is_valid().to_pylist()
+        keeps = [new if told[new] else old for new, old in zip(takes, olds, strict=True)]
+        merged = merged.set_column(merged.column_names.index(name), name, both[name].take(keeps))
     place = merged.column_names.index("attempts")
     merged = merged.set_column(place, OUTPUT.field("attempts"), pa.array(tries, pa.int32()))
     return merged.cast(both.schema)

@@ -30,6 +30,7 @@ _LISTS: dict[str, UnitKind] = dict.fromkeys(("txt", "csv", "jsonl"), UnitKind.LI
 _LISTS_TOO = f"; lists of addresses ({', '.join('.' + suffix for suffix in _LISTS)}) are read"
 _LONGEST_ENDING = 8  # a file named after its date has none that says what it is
 _MAGIC = re.compile(r"[*?\[]")
+_HIDDEN = re.compile(r"(^|/)\.(?!\.?(/|$))")  # but `tar -cf shard.tar .` names its files ./a.jpg
 _OUR_PART = re.compile(r"part-\d{9}\.parquet")
 
 
@@ -50,7 +51,7 @@ def ending(name: str) -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether a file, or a folder above it, starts with a dot: `.cache/`, macOS's `._a.jpg`."""
-    return name.startswith(".") or "/." in name
+    return _HIDDEN.search(name) is not None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Reason(StrEnum):
     SOURCE_DAMAGED = "source_damaged"  # a tar cut in the middle, a PDF that does not open
     MISSING_COLUMN = "missing_column"  # a Parquet file without the image column
     EMPTY_SOURCE = "empty_source"  # a tar without a single image, a PDF without pages
-    MISSING_IMAGE = "missing_image"  # a null in the image column, or in that of addresses
+    MISSING_IMAGE = "missing_image"  # a null for an image or an address, a link in a tar
     BAD_ADDRESS = "bad_address"  # in a list: no address, or of a kind that is not read
     HOST_REFUSED = "host_refused"  # not on the public internet, and not allowed by --allow-host
     HTTP_ERROR = "http_error"  # the server answered with another status than 200, 404 or 410

@@ -17,7 +17,7 @@ from pipeline.formats.documents import begins_like_document, check_pages, copied
 from pipeline.formats.lists import fetched_addresses
 from pipeline.formats.parquet import cells
 from pipeline.formats.row import ReadSettings, blame, check_size
-from pipeline.formats.tar import StrictHeader, members_read
+from pipeline.formats.tar import StrictHeader, check_member, members_read
 from pipeline.lists import is_one_row
 from pipeline.render.renderer import Renderer
 from pipeline.sources import kind_of
@@ -157,7 +157,7 @@ class HeaderReader:
         self, tar: tarfile.TarFile, member: tarfile.TarInfo, most_rows: int, renderer: Renderer
     ) -> Cluster:
         try:
-            check_size(member.size, self.read.max_bytes)
+            check_member(member, self.read.max_bytes)
             file: Any = tar.extractfile(member)
             if kind_of(member.name) is UnitKind.DOCUMENTS:
                 with copied(file, member.name) as path:

@@ -117,7 +117,8 @@ def _batches(
     start = 0
     for number in range(parquet.metadata.num_row_groups):
         group = parquet.metadata.row_group(number)
-        if start + group.num_rows <= first or (end is not None and start >= end):
+        done = start + group.num_rows <= first or (end is not None and start >= end)
+        if done or group.num_rows == 0:
             start += group.num_rows
             continue
         row_bytes = max(1, group.total_byte_size // group.num_rows)

@@ -74,12 +74,23 @@ def tar_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
 
 
 def members_read(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members that become rows. Raises what tarfile raises."""
+    """The members that become rows, links among them. Raises what tarfile raises."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # else it keeps the header of every member
         is_read = kind_of(member.name) in (UnitKind.IMAGES, UnitKind.DOCUMENTS)
-        if is_read and member.isreg() and not is_hidden(member.name):
+        is_file = member.isreg() or member.islnk() or member.issym()
+        if is_read and is_file and not is_hidden(member.name):
             yield member
+
+
+def check_member(member: tarfile.TarInfo, max_bytes: int) -> None:
+    """Whether there are bytes of it to read, and no more than allowed. Raises RowError."""
+    if not member.isreg():
+        raise row_error(
+            Reason.MISSING_IMAGE,
+            f"a link to {member.linkname} in the tar; links in tars are not followed",
+        )
+    check_size(member.size, max_bytes)
 
 
 def is_document_member(shown: str) -> bool:
@@ -104,7 +115,7 @@ def _rows(
 ) -> Iterator[Row]:
     """Of one member. Raises what tarfile raises."""
     try:
-        check_size(member.size, settings.max_bytes)
+        check_member(member, settings.max_bytes)
         reader: Any = tar.extractfile(member)
         if kind_of(member.name) is UnitKind.IMAGES:
             yield whole._replace(data=reader.read())

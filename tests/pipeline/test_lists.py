@@ -76,6 +76,11 @@ def test_a_column_that_cannot_be_chosen_is_told_with_those_there_are(tmp_path, c
         members(jsonl, wanted)
 
 
+def test_a_csv_that_begins_with_blank_lines_is_not_taken_for_an_empty_one(tmp_path):
+    path = write(tmp_path / "a.csv", "\r\n\nid,url\n1,a.jpg\n2,b.jpg\n")
+    assert groups(path, rows=1) == [Group(10, ("a.jpg",)), Group(18, ("b.jpg",))]
+
+
 def test_quotes_commas_and_line_ends_in_a_csv_are_read_as_spreadsheets_write_them(tmp_path):
     text = 'url,caption\r\n"a,b.jpg","two\r\nlines"\r\n\r\nc.jpg,"he said ""hm"""\r\n'
     path = write(tmp_path / "a.csv", text)
@@ -144,6 +149,32 @@ def test_values_of_a_list_that_was_changed_are_not_those_of_other_rows(tmp_path)
     write(path, "url,n\na,1\nb,2\nX,3\n")
     with PatientFile(*open_fs(str(path))) as file:
         assert AddressList(file, str(path)).values(group) == [{}, {}]
+
+
+@pytest.mark.parametrize(
+    "lines", [["new,0", "a,1", "b,2", "a,3", ",4", "c,5"], ["b,2", "a,1", "c,5", "a,3"]]
+)
+def test_kept_columns_are_not_lost_where_lines_were_put_in_or_taken_out(tmp_path, lines):
+    path = write(tmp_path / "a.csv", "url,n\na,1\nb,2\na,3\n,4\nc,5\n")
+    _, second, third = groups(path, rows=2)
+    assert second.members + third.members == ("a#2", "#line 5", "c")
+    write(path, "\n".join(["url,n", *lines, ""]))
+    with PatientFile(*open_fs(str(path))) as file:
+        addresses = AddressList(file, str(path))
+        assert addresses.values(second) == [{"url": "a", "n": "3"}, {}]
+        assert addresses.values(third) == [{"url": "c", "n": "5"}]
+
+
+def test_kept_columns_are_not_lost_where_a_line_has_another_column_that_is_called_like_one(
+    tmp_path,
+):
+    lines = [{"url": "a"}, {"url": "b", "path": "x/b"}, {"path": "x/c"}, {"url": "d", "id": 4}]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)))
+    with PatientFile(*open_fs(str(path))) as file:
+        addresses = AddressList(file, str(path))
+        each = list(addresses.groups(1))
+        assert [group.members[0] for group in each] == ["a", "b", "#line 3", "d"]
+        assert [addresses.values(group)[0] for group in each] == lines
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,29 @@ def test_a_name_that_comes_twice_in_a_tar_is_two_rows(tmp_path):
     assert rows[0]["row_id"] != rows[1]["row_id"]
 
 
+def test_a_tar_of_the_folder_it_was_made_in_is_not_taken_for_hidden_files(tmp_path):
+    """`tar -cf ../a.tar .` names every file ./NAME."""
+    members = {"./a.jpg": b"1", "./x/b.jpg": b"2", "../c.jpg": b"3"}
+    hidden = {"./.d.jpg": b"", "./x/._b.jpg": b"", ".x/e.jpg": b"", "x/./.f.jpg": b""}
+    (tmp_path / "a.tar").write_bytes(tar_of(members | hidden))
+    assert outcomes(read(tmp_path)) == list(members.items())
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_link_in_a_tar_does_not_vanish(tmp_path, kind):
+    """Of two names of one file, tar writes the second as a link."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        image, link, other = map(tarfile.TarInfo, ("a.jpg", "b.jpg", "c.txt"))
+        image.size, link.linkname, other.linkname = 1, "a.jpg", "a.jpg"
+        link.type = other.type = kind
+        tar.addfile(image, io.BytesIO(b"1"))
+        tar.addfile(link)
+        tar.addfile(other)
+    rows = read(tmp_path)
+    assert outcomes(rows) == [("a.jpg", b"1"), ("b.jpg", "missing_image")]
+    assert "a link to a.jpg" in rows[1]["message"]
+
+
 @pytest.mark.parametrize("cut", range(0, 3 * 1024 + 1024, 128))
 def test_a_tar_cut_anywhere_gives_its_good_rows_and_says_so(tmp_path, cut):
     """Three members of 1,024 bytes, then the end mark: also a cut between two members shows."""
@@ -269,6 +292,18 @@ def test_a_parquet_file_gives_every_row_once_however_it_is_cut(tmp_path):
         assert [row["data"] for row in rows] == images
         assert [row["member"] for row in rows] == [str(i) for i in range(100)]
         assert [row["id"] for row in rows] == list(range(100))
+
+
+def test_an_empty_row_group_does_not_cost_the_rows_behind_it(tmp_path):
+    """As writers leave them that filter their batches."""
+    whole = pa.table({"image": [bytes([i]) for i in range(6)]})
+    with pq.ParquetWriter(tmp_path / "a.parquet", whole.schema) as writer:
+        for start, rows in ((0, 0), (0, 3), (3, 0), (3, 0), (3, 3), (6, 0)):
+            writer.write_table(whole.slice(start, rows))
+    assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 6
+    for unit_rows in (1, 4, 100):
+        rows = read(tmp_path, unit_rows=unit_rows)
+        assert [row["data"] for row in rows] == whole["image"].to_pylist()
 
 
 @pytest.mark.parametrize("type_", [pa.binary(), pa.large_binary(), pa.binary_view()])

@@ -200,6 +200,22 @@ def test_the_rows_of_a_parquet_file_are_done_again_by_their_number(tmp_path):
     assert [row["id"] for row in rows(output).values() if row["status"] == "failed"] == [6]
 
 
+def test_kept_columns_stay_when_the_list_was_changed_before_the_retry(tmp_path):
+    """A list is read again at the place where the row was; its lines may have moved since."""
+    source, output = tmp_path / "list.csv", tmp_path / "out"
+    lines = [f"{tmp_path}/{name}.jpg,{name}" for name in "abc"]
+    source.write_text("\n".join(["url,id", *lines]))
+    (tmp_path / "a.jpg").write_bytes(b"image")
+    run(job_of(source, output, keep=("id",)))
+    for name in "bc":
+        (tmp_path / f"{name}.jpg").write_bytes(b"image")
+    source.write_text("\n".join(["url,id", "http://x/new.jpg,new", *lines]))
+    assert retry(source, output).rows == {"ok": 2}
+    assert {row["id"]: row["text"] for row in rows(output).values()} == dict.fromkeys(
+        "abc", "image"
+    )
+
+
 def test_a_member_of_a_tar_is_done_again_without_the_others(tmp_path):
     source, output = tmp_path / "in", tmp_path / "out"
     source.mkdir()
