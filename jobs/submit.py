@@ -105,12 +105,13 @@ def _refuse(address: str, error: Exception) -> NoReturn:
 
 def _follow(client: "JobSubmissionClient", name: str, show: Callable[[str], None]) -> "JobDetails":
     """Shows the run's output until its end, across breaks of the connection."""
-    shown = 0
+    shown, heard = 0, time.monotonic()
 
     async def tail() -> None:
-        nonlocal shown
+        nonlocal shown, heard
         seen = 0  # each connection begins with the first line again
         async for text in client.tail_job_logs(name):
+            heard = time.monotonic()
             new = text[max(0, shown - seen) :]
             seen += len(text)
             if new:
@@ -118,21 +119,22 @@ def _follow(client: "JobSubmissionClient", name: str, show: Callable[[str], None
                 shown = seen
 
     while True:
-        _patiently(lambda: asyncio.run(tail()), name)
+        _patiently(lambda: asyncio.run(tail()), name, lambda: heard)
         details = _patiently(lambda: client.get_job_info(name), name)
         if details.status.is_terminal():
             return details
         time.sleep(_RETRY_SECONDS)
 
 
-def _patiently(ask: Callable[[], T], name: str) -> T:
-    """What `ask` gives, once the cluster answers again. Raises StoppedError."""
-    deadline = time.monotonic() + _LOST_SECONDS
+def _patiently(ask: Callable[[], T], name: str, heard: Callable[[], float] = lambda: 0.0) -> T:
+    """What `ask` gives, once the cluster answers again. heard: when it last did, of an `ask` that
+    may go well for hours before it fails. Raises StoppedError."""
+    began = time.monotonic()
     while True:
         try:
             return ask()
         except Exception as error:  # of the HTTP client, the socket, the job server
-            if time.monotonic() > deadline:
+            if time.monotonic() > max(began, heard()) + _LOST_SECONDS:
                 raise StoppedError(f"lost sight of {name}, which may go on: {error}") from error
             time.sleep(_RETRY_SECONDS)
 

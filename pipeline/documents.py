@@ -36,6 +36,7 @@ _COLUMNS = ["row_id", "source", "member", "page", "status", "reason", "text"]
 _FOLDER = "documents"
 _OF_PART = b"vl01.part_sha256"  # of the part that the documents follow from
 _MARKDOWN = b"vl01.markdown"  # whether their .md files were written before them
+_UP = (".", "..")
 _LONGEST_NAME = 250  # bytes; with .md, what file systems take
 _THREADS = 4
 _AHEAD = 256
@@ -152,7 +153,9 @@ def _is_document(kind: UnitKind, member: str | None, rows: list[dict[str, Any]])
 
 
 def _document_name(name: str, member: str | None) -> str:
-    """What its .md is named after: an address, which may hold anything, as one step of a path."""
+    """What its .md is named after: an address, which may hold anything, as one step of a path. The
+    key of an object may have `..` for a step, and must not lead out of the folder."""
+    name = "/".join(step.replace(".", "%2E") if step in _UP else step for step in name.split("/"))
     return name if member is None else f"{name}/{quote(member, safe='')}"
 
 

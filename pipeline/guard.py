@@ -1,5 +1,6 @@
-"""Kills this process once it is stopped (SIGSTOP), or stuck in a call that lets none of its threads
-run. A child process does so, since no thread could; watchdog.py looks what the threads are at.
+"""Kills this process once it is stopped (SIGSTOP), stuck in a call that lets none of its threads
+run, or not well by its own account. A child process does so, since no thread could; watchdog.py
+looks what the threads are at.
 
 The child is this file, run by its path: it imports nothing but Python's own and takes 10 MB.
 """
@@ -11,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 _SECONDS_BETWEEN = 1.0  # two signs
 
 
-def guard(patience: float) -> None:
+def guard(patience: float, well: Callable[[], bool] = lambda: True) -> None:
     """From now on, until this process ends. patience: seconds without a sign, as
-    EngineConfig.hang_seconds."""
+    EngineConfig.hang_seconds. well: no sign is given while it says no."""
     reading, writing = os.pipe()
     child = subprocess.Popen(
         [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(patience)], stdin=reading
@@ -26,7 +28,8 @@ def guard(patience: float) -> None:
 
     def give_signs() -> None:
         while child.poll() is None:
-            os.write(writing, b".")
+            if well():
+                os.write(writing, b".")
             time.sleep(_SECONDS_BETWEEN)
 
     threading.Thread(target=give_signs, name="signs-of-life", daemon=True).start()

@@ -107,6 +107,8 @@ class OutputFolder:
         is here."""
         with tempfile.TemporaryDirectory() as elsewhere:
             folder = Path(self._path("tmp") if is_local(self.fs) else elsewhere)
-            yield folder
-            for name in names:  # that were not put in place
-                (folder / name).unlink(missing_ok=True)
+            try:
+                yield folder
+            finally:
+                for name in names:  # that were not put in place
+                    (folder / name).unlink(missing_ok=True)

@@ -52,10 +52,10 @@ class PrepareSettings:
 class Prepare:
     """Turns tables of INPUT rows into tables of PREPARED rows, one row for each, in order.
 
-    A worker that is stopped is killed, and Ray starts it again: nobody else would notice. One that
-    was started again may have died of an image, and is given the same batch: it tries out each
-    image in a child process first, and the one that the child dies of is a failed row. That doubles
-    the cost of decoding, for this worker.
+    A worker that is stopped, or whose decoder does not return, is killed, and Ray starts it again:
+    nobody else would notice. One that was started again may have died of an image, and is given the
+    same batch: it tries out each image in a child process first, and the one that the child dies
+    of, or is late with, is a failed row. That doubles the cost of decoding, for this worker.
     """
 
     def __init__(self, settings: PrepareSettings) -> None:
@@ -64,7 +64,8 @@ class Prepare:
         # Pillow warns of damaged metadata; what matters of it is in the row's message.
         warnings.filterwarnings("ignore", module="PIL")
         self._trial = Renderer(settings.trial) if _was_started_again() else None
-        guard(settings.limits.seconds + settings.hang_seconds)
+        self._began: float | None = None  # with the image at hand
+        guard(settings.limits.seconds + settings.hang_seconds, self._in_time)
 
     def __call__(self, inputs: pa.Table) -> Iterator[pa.Table]:
         first, rows, held = 0, [], 0
@@ -72,13 +73,21 @@ class Prepare:
             inputs["data"], inputs["reason"].to_pylist(), inputs["message"].to_pylist(), strict=True
         ):
             failed = {"reason": reason, "message": message} if reason is not None else None
+            self._began = time.monotonic()
             rows.append(failed or self._prepare(data.as_buffer()))
+            self._began = None
             held += rows[-1].get("pixels", _NO_PIXELS).size
             if held >= BLOCK_BYTES:
                 yield self._table(inputs.slice(first, len(rows)), rows)
                 first, rows, held = first + len(rows), [], 0
         if rows:
             yield self._table(inputs.slice(first), rows)
+
+    def _in_time(self) -> bool:
+        """Whether no decoder is late by itself; one that was tried out has returned before."""
+        began = self._began
+        late = began is not None and time.monotonic() - began > self.settings.limits.seconds
+        return self._trial is not None or not late
 
     def _prepare(self, image: pa.Buffer) -> dict[str, Any]:
         """The columns this stage writes, of one row."""

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from types import TracebackType
 from typing import Any, TypeVar
 
 from schemas.errors import StoppedError
@@ -41,11 +42,21 @@ class Stop:
         self.listen()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Raises StoppedError in the place of what a signal has raised inside."""
         if self.asked:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, _EnoughError):
+            raise StoppedError(
+                f"stopped by {self.asked}; the same command does what is left"
+            ) from None
 
     def listen(self) -> None:
         """To be called again after `ray.init`, which puts its own handler in place."""
@@ -86,7 +97,7 @@ class Stop:
                 raise KeyboardInterrupt
             self.asked = signal.Signals(number).name
             if self._unfinished is None:
-                raise StoppedError(f"stopped by {self.asked}; the same command does what is left")
+                raise _EnoughError
             self._begun = set(self._unfinished())
             self._deadline = time.monotonic() + self._grace_seconds
             signal.setitimer(signal.ITIMER_REAL, max(0.001, self._grace_seconds))
@@ -96,4 +107,5 @@ class Stop:
 
 
 class _EnoughError(BaseException):
-    """Ends waiting for the next table; no `except Exception` on the way may swallow it."""
+    """Ends the wait for a table, or whatever a run does before and after; no `except Exception` on
+    the way may swallow it, or take it for an error of the storage."""

@@ -130,9 +130,8 @@ class Renderer:
         if self._seconds < limits.page_seconds:
             spent = f"the document's {limits.document_seconds:g} seconds are over"
             return RowError(Reason.TIMEOUT, f"{spent} (--document-seconds)")
-        return RowError(
-            Reason.TIMEOUT, f"not done within {limits.page_seconds:g} seconds (--page-seconds)"
-        )
+        flag = "--page-seconds" if self._path else "--decode-seconds"
+        return RowError(Reason.TIMEOUT, f"not done within {limits.page_seconds:g} seconds ({flag})")
 
 
 class _DiedError(Exception):

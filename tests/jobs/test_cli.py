@@ -177,6 +177,7 @@ def test_a_glob_that_the_shell_filled_in_is_told_without_a_thousand_names(vl01, 
         (EngineError("the replica died six times"), [], ExitCode.STOPPED),
         (CheckpointError("ckpt is no checkpoint"), [], ExitCode.USAGE),
         (KeyboardInterrupt(), [], ExitCode.STOPPED),
+        (OSError(28, "No space left on device"), [], ExitCode.STOPPED),
     ],
 )
 def test_the_exit_code_says_how_a_run_ended(vl01, flow, answer, flags, expected):

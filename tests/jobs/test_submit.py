@@ -76,6 +76,38 @@ def test_no_line_is_lost_or_shown_twice_when_the_connection_breaks(server):
         assert text == "[00:00] listing\n[00:30] 9 rows\noutput /out\n"
 
 
+def test_a_connection_that_breaks_after_hours_is_tried_again_as_one_after_seconds(
+    server, monkeypatch
+):
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: None)
+    monkeypatch.setattr(module, "time", clock)
+    client, shown = server(0, breaks=2), []
+    tail = client.tail_job_logs
+
+    async def slow_tail(name):
+        async for line in tail(name):
+            now[0] += 7200
+            yield line
+
+    monkeypatch.setattr(client, "tail_job_logs", slow_tail)
+    assert submit(JOB, "http://head:8265", True, shown.append) == ExitCode.OK
+    assert "".join(shown[1:]) == "".join(client._lines)
+
+
+def test_a_cluster_that_never_answers_again_is_given_up(server, monkeypatch):
+    now = [0.0]
+    clock = SimpleNamespace(
+        monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + 5)
+    )
+    monkeypatch.setattr(module, "time", clock)
+    client = server(0)
+    monkeypatch.setattr(client, "tail_job_logs", lambda name: 1 / 0)
+    with pytest.raises(StoppedError, match="lost sight of raysubmit_1, which may go on"):
+        submit(JOB, "http://head:8265", True, lambda text: None)
+    assert 300 <= now[0] <= 320
+
+
 @pytest.mark.parametrize("code", [None, -9, 137])
 def test_a_killed_run_is_not_a_finished_one(server, code):
     server(code)

@@ -17,7 +17,8 @@ PROGRAM = f"""
 import ctypes, sys, time
 from pipeline.guard import guard
 
-guard({PATIENCE})
+started = time.monotonic()
+guard({PATIENCE}, lambda: sys.argv[1] != "unwell" or time.monotonic() - started < {PATIENCE})
 print("guarded", flush=True)
 doing, seconds = sys.argv[1], float(sys.argv[2])
 until = time.monotonic() + seconds
@@ -25,7 +26,7 @@ if doing == "holding the lock of Python":
     ctypes.PyDLL(None).sleep(int(seconds))
 elif doing == "in a call that lets others run":
     ctypes.CDLL(None).sleep(int(seconds))
-while doing == "busy" and time.monotonic() < until:
+while doing in ("busy", "unwell") and time.monotonic() < until:
     sum(range(1000))
 """
 
@@ -70,6 +71,13 @@ def test_a_stopped_process_is_killed_and_its_guard_ends_with_it(process):
 def test_a_call_that_lets_no_thread_run_is_a_hang():
     for process in start("holding the lock of Python", 60):
         assert process.wait(KILLED_WITHIN) == -signal.SIGKILL
+
+
+def test_a_process_that_does_not_call_itself_well_any_more_is_killed():
+    started = time.monotonic()
+    for process in start("unwell", 60):
+        assert process.wait(KILLED_WITHIN) == -signal.SIGKILL
+        assert time.monotonic() - started > PATIENCE
 
 
 @pytest.mark.parametrize("doing", ["busy", "in a call that lets others run"])

@@ -60,6 +60,18 @@ def crash_at(monkeypatch, moment: int) -> None:
     monkeypatch.setattr(os, "replace", dying_replace)
 
 
+def test_a_plan_that_the_disk_has_no_room_for_does_not_stay_there_in_part(tmp_path, monkeypatch):
+    def full(plan: Plan, folder: Path):
+        (folder / "plan.parquet").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ledger_module, "write_plan", full)
+    write_images(tmp_path / "in", 10)
+    with pytest.raises(OSError, match="No space left"):
+        run(job_of(tmp_path / "in", tmp_path / "out"))
+    assert list((tmp_path / "out/_vl01/tmp").iterdir()) == []
+
+
 def test_a_crash_at_any_write_loses_no_row_and_doubles_none(tmp_path):
     write_images(tmp_path / "in", 10)
     crashes = 0

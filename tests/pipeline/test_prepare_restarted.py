@@ -1,8 +1,9 @@
 """An image that kills its decoder costs its own row, once Ray has started the worker again; that a
-worker is stopped costs none."""
+worker is stopped or stuck costs none."""
 
 import os
 import signal
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +47,18 @@ class Stopped(Prepare):
         return super()._prepare(image)
 
 
+class Stuck(Prepare):
+    """In a decoder that does not return, but lets other threads run, at its fifth image."""
+
+    images = 0
+
+    def _prepare(self, image: pa.Buffer):
+        self.images += 1
+        if self.images == 5 and not self._trial:
+            time.sleep(3600)
+        return super()._prepare(image)
+
+
 def reasons(worker: type[Prepare], table: pa.Table, **settings: Any) -> list[tuple[str, str]]:
     """(row, reason) of what a worker and those after it make of a table."""
     with ray_session("local"):
@@ -72,8 +85,9 @@ def test_an_image_that_kills_the_worker_is_a_failed_row_and_the_others_are_prepa
     assert found == sorted((f"row {i}", "crash" if i == 5 else None) for i in range(12))
 
 
-def test_a_worker_that_is_stopped_is_replaced_and_every_row_is_prepared_once():
+@pytest.mark.parametrize("worker", [Stopped, Stuck])
+def test_a_worker_that_is_stopped_or_stuck_is_replaced_and_every_row_is_prepared_once(worker):
     table = inputs([encode(Image.new("RGB", (30 + i, 20)), "PNG") for i in range(12)])
     limits = replace(SETTINGS.limits, seconds=2.0)
-    found = reasons(Stopped, table, limits=limits, hang_seconds=2.0)
+    found = reasons(worker, table, limits=limits, hang_seconds=2.0)
     assert found == sorted((f"row {i}", None) for i in range(12))

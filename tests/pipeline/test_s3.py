@@ -17,6 +17,8 @@ from model.files import Folder
 from model.weights.checkpoint import load_decoder
 from model.weights.convert import Quantizer
 from pipeline import lease, storage
+from pipeline.documents import write_documents
+from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.listing import list_flat
 from pipeline.model import model_folder, model_revision, open_model
@@ -27,6 +29,7 @@ from pipeline.storage import open_fs
 from pipeline.verify import verify
 from schemas.errors import ConfigError
 from schemas.ledger import Unit, UnitKind
+from tests.documents import pdf
 from tests.model.conftest import write_tiny
 from tests.pipeline.fake_run import job_of, run
 from tests.pipeline.test_read import tar_of
@@ -154,6 +157,17 @@ def test_an_object_that_went_away_is_a_row_and_a_reader_can_be_sent_elsewhere(s3
     assert table["data"].to_pylist() == [b"a", None]
     assert table["reason"].to_pylist() == [None, "not_found"]
     assert table["source"].to_pylist() == ["s3://data/a.jpg", "s3://data/gone.jpg"]
+
+
+def test_a_key_does_not_lead_out_of_the_output(s3, server, tmp_path):
+    key = "a/../../../../away.pdf"
+    s3.put_object(Bucket="data", Key=f"set/{key}", Body=pdf(["x"]))
+    job = job_of("s3://data/set", tmp_path / "x/y/out", endpoint_url=server, markdown=True)
+    ledger = run(job)
+    with Lease(ledger):
+        write_documents(job, ledger, open_source(job.source, server))
+    (found,) = tmp_path.rglob("*.md")
+    assert found.is_relative_to(tmp_path / "x/y/out/_vl01/markdown/a")
 
 
 def test_one_object_can_be_a_source(s3, server):

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 import pipeline.retry
 import pipeline.run
 from model.nano.random_checkpoint import write_random_checkpoint
-from pipeline import lease
+from pipeline import documents, lease, sources
 from pipeline.ledger import Ledger
 from pipeline.read import read_units
 from pipeline.retry import Choice
@@ -106,7 +107,7 @@ def test_a_second_signal_stops_at_once():
 
 def test_a_signal_before_the_work_began_stops_at_once_and_ours_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
-    with Stop(grace_seconds=25), pytest.raises(StoppedError, match="stopped by SIGTERM"):
+    with pytest.raises(StoppedError, match="stopped by SIGTERM"), Stop(grace_seconds=25):
         tell()
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -137,7 +138,9 @@ def flow(monkeypatch):
         monkeypatch.setattr(module, "model_revision", lambda _: "revision")
     monkeypatch.setattr(pipeline.run, "ray_session", lambda _: nullcontext())
     monkeypatch.setattr(pipeline.run, "place", lambda *_: Place())
-    book = SimpleNamespace(shared=lambda: None, complaints=lambda at_once=False: [])
+    book = SimpleNamespace(
+        shared=lambda: None, news=lambda at_once=False: [], restarts=0, starting=lambda: ""
+    )
     monkeypatch.setattr(pipeline.run, "CanaryBook", lambda _: book)
     return events
 
@@ -181,6 +184,40 @@ def test_a_run_in_which_most_rows_fail_stops_and_tells_the_commonest_reasons(tmp
     summary = pipeline.run.run(job.model_copy(update={"max_failure_rate": 0.25}))
     assert summary.rows == {"ok": 150, "failed": 50}
     assert verify(str(output), deep=True).ok
+
+
+@pytest.mark.parametrize("where", ["listing", "storage", "foretelling", "joining"])
+def test_a_signal_is_not_taken_for_an_error_of_what_it_meets(tmp_path, flow, monkeypatch, where):
+    """A listing takes minutes, and a wrong configuration is not tried again by who started it."""
+    write_images(tmp_path / "in", 8)
+    job = job_of(tmp_path / "in", tmp_path / "out", documents=True)
+    started = time.monotonic()
+    module, name = {
+        "listing": (sources, "list_files"),
+        "storage": (LocalFileSystem, "cat_file"),
+        "foretelling": (pipeline.run, "foretold"),
+        "joining": (documents, "_committed"),
+    }[where]
+    real_one = getattr(module, name)
+
+    def told(*given, **more):
+        if lease_of(tmp_path / "out"):
+            monkeypatch.setattr(module, name, real_one)
+            tell()
+            pytest.fail("went on")
+        return real_one(*given, **more)
+
+    monkeypatch.setattr(module, name, told)
+    with pytest.raises(StoppedError, match=r"^stopped by SIGTERM; the same command does what is"):
+        pipeline.run.run(job)
+    assert time.monotonic() - started < 10
+    assert not lease_of(tmp_path / "out")
+    assert pipeline.run.run(job).units == 2
+    assert verify(str(tmp_path / "out"), deep=True).ok
+
+
+def lease_of(output) -> bool:
+    return (output / "_vl01/lease.json").exists()
 
 
 def test_few_failures_or_few_rows_stop_no_run(tmp_path, flow):

@@ -252,3 +252,11 @@ def _script(path: Path) -> str:
     path.write_text("#!/bin/sh\necho 'ImportError: no such library' >&2; exit 1\n")
     path.chmod(0o755)
     return str(path)
+
+
+def test_an_image_that_is_late_names_the_limit_of_images_not_of_pages():
+    image = encode(Image.effect_noise((3000, 3000), 90), "PNG")
+    with Renderer(PageSettings(page_seconds=1e-3)) as r, pytest.raises(RowError) as error:
+        r.decode(image)
+    assert error.value.reason is Reason.TIMEOUT
+    assert "(--decode-seconds)" in error.value.message
