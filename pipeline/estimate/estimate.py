@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
+from math import inf
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,6 +29,8 @@ from schemas.ledger import Unit, UnitKind
 from schemas.report import Foretold
 
 _GIB = 1024**3
+# Before a run, whose GPUs may be paid for: not for long, however slow storage is.
+_LOOK_SECONDS = 20.0
 
 
 def estimate(job: Job, assumptions: Assumptions) -> Estimate:
@@ -57,7 +60,7 @@ def estimate(job: Job, assumptions: Assumptions) -> Estimate:
 def foretold(job: Job, model: Model, source: Source, ledger: Ledger, pending: pa.Table) -> Foretold:
     """The plan of a run that is about to begin, for its report."""
     units = units_of(pending)
-    told = foretell(job, model, source, units, ledger, Assumptions())
+    told = foretell(job, model, source, units, ledger, Assumptions(), _LOOK_SECONDS)
     return Foretold(
         rows=sum(kind.rows for kind in told.rows.values()),
         failed=sum(told.reasons.values()),
@@ -85,9 +88,11 @@ def foretell(
     units: Iterable[Unit],
     ledger: Ledger | None,
     assumptions: Assumptions,
+    look_seconds: float = inf,
 ) -> Estimate:
-    """What doing these units will take. ledger: of the output, when it holds this job's rows."""
-    kinds = survey(units, _header_reader(job, source, model))
+    """What doing these units will take. ledger: of the output, when it holds this job's rows.
+    look_seconds: for how long to look at what is in them."""
+    kinds = survey(units, _header_reader(job, source, model), look_seconds)
     tiles, prompts, reasons = _reckon(model, kinds)
     usable = sum(weight for _, weight in prompts)
     tokens = spread(prompts)

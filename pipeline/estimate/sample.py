@@ -6,6 +6,7 @@ sample alone, however large the source is.
 """
 
 import random
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -79,10 +80,13 @@ class Survey:
     pages: bool
 
 
-def survey(units: Iterable[Unit], headers: HeaderReader) -> dict[UnitKind, Survey]:
-    """Looks into a sample of the units. Raises what iterating over them raises."""
-    kinds = _count(units)
-    return {kind: _survey(kind, found, headers) for kind, found in kinds.items() if found.units}
+def survey(units: Iterable[Unit], headers: HeaderReader, seconds: float) -> dict[UnitKind, Survey]:
+    """Looks into a sample of the units: once so many seconds are over, only to the end of what is
+    begun. Raises what iterating over them raises."""
+    kinds = {kind: found for kind, found in _count(units).items() if found.units}
+    return {
+        kind: _survey(kind, found, headers, seconds / len(kinds)) for kind, found in kinds.items()
+    }
 
 
 def _count(units: Iterable[Unit]) -> dict[UnitKind, Kind]:
@@ -111,20 +115,37 @@ def _places(unit: Unit) -> Iterable[Unit | str]:
     return (unit,)
 
 
-def _survey(name: UnitKind, kind: Kind, headers: HeaderReader) -> Survey:
-    most_rows = max(1, HEADERS // len(kind.kept))
-    with ThreadPoolExecutor(_THREADS[name]) as pool:
-        found = pool.map(lambda unit: headers.look_into(unit, most_rows), _units(name, kind.kept))
-        clusters = [cluster for clusters in found for cluster in clusters]
-    all_kept = kind.places == len(kind.kept)
-    counted, planned = sum(cluster.rows for cluster in clusters), sum(map(_planned_rows, kind.kept))
+def _survey(name: UnitKind, kind: Kind, headers: HeaderReader, seconds: float) -> Survey:
+    units = list(_units(name, kind.kept))
+    looked = _look(name, units, headers, max(1, HEADERS // len(kind.kept)), seconds)
+    clusters = [cluster for _, clusters in looked for cluster in clusters]
+    all_looked = kind.places == len(kind.kept) and len(looked) == len(units)
+    counted = sum(cluster.rows for cluster in clusters)
+    planned = sum(_planned_rows(unit) for unit, _ in looked)
     as_planned = kind.rows_known and round(counted) == planned
-    rows_known = as_planned or (all_kept and all(c.counted for c in clusters))
-    rows = counted if all_kept else counted / planned * kind.rows
+    rows_known = as_planned or (all_looked and all(c.counted for c in clusters))
+    rows = counted if all_looked else counted / planned * kind.rows
     seen = list(_weigh(clusters, rows / counted))
-    whole = all_kept and all(len(cluster.seen) == cluster.rows for cluster in clusters)
+    whole = all_looked and all(len(cluster.seen) == cluster.rows for cluster in clusters)
     pages = any(cluster.pages for cluster in clusters)
     return Survey(kind.units, rows, rows_known, seen, whole, pages)
+
+
+def _look(
+    name: UnitKind, units: list[Unit], headers: HeaderReader, most_rows: int, seconds: float
+) -> list[tuple[Unit, list[Cluster]]]:
+    """What was seen of the units, or of some of them, but one at least. They are taken in no order,
+    so that these stand for all."""
+    random.Random(_SEED).shuffle(units)
+    until = time.monotonic() + seconds
+
+    def look(unit: Unit) -> list[Cluster] | None:
+        in_time = unit is units[0] or time.monotonic() < until
+        return headers.look_into(unit, most_rows) if in_time else None
+
+    with ThreadPoolExecutor(_THREADS[name]) as pool:
+        found = zip(units, pool.map(look, units), strict=True)
+        return [(unit, clusters) for unit, clusters in found if clusters is not None]
 
 
 def _weigh(clusters: list[Cluster], scale: float) -> Iterator[Seen]:

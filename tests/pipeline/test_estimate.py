@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import tarfile
 import time
 import tracemalloc
 from collections import Counter
@@ -31,7 +32,7 @@ from model.nano.random_checkpoint import (
 )
 from pipeline import sources
 from pipeline.estimate import sample
-from pipeline.estimate.estimate import estimate
+from pipeline.estimate.estimate import estimate, foretell
 from pipeline.estimate.gpus import (
     capacity_estimate,
     engine_config,
@@ -39,6 +40,7 @@ from pipeline.estimate.gpus import (
     memory_estimate,
     rank_estimates,
 )
+from pipeline.estimate.headers import HeaderReader
 from pipeline.ledger import Ledger
 from pipeline.model import model_revision, open_model
 from pipeline.placement import place
@@ -172,10 +174,14 @@ def test_pages_of_documents_inside_of_files_are_counted_and_measured(tmp_path, j
     folder = tmp_path / "source"
     folder.mkdir()
     write_tar(folder / "x.tar", documents)
+    with tarfile.open(folder / "x.tar", "a") as tar:
+        link = tarfile.TarInfo("./link.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "b.png"
+        tar.addfile(link)
     write_parquet(folder / "y.parquet", documents, group_rows=2)
     job = job.model_copy(update={"max_pages": 5, "unit_rows": 2})
     told = plan(job)
-    assert told.rows["tar"].rows == 3 + 1 + 1 + 2 + 1 + 1 + 1
+    assert told.rows["tar"].rows == 3 + 1 + 1 + 2 + 1 + 1 + 1 + 1
     assert told.rows["parquet"].rows == 3 + 1 + 1 + 2 + 1 + 1 + 1
     check_against_a_run(told, job)
     assert [kind.pages for kind in told.rows.values()] == [True, True]
@@ -273,6 +279,31 @@ def test_a_sample_says_so_and_is_near_and_the_same_each_time(tmp_path, job, monk
     assert told.rows["tar"].rows == pytest.approx(160, rel=0.3)
     assert told.prompt_tokens.total == pytest.approx(whole.prompt_tokens.total, rel=0.15)
     assert told.tiles.total == pytest.approx(whole.tiles.total, rel=0.15)
+
+
+def test_a_run_does_not_wait_long_for_a_look_at_a_slow_source(tmp_path, job, monkeypatch):
+    """GPUs may be paid for by then."""
+    write_folder(tmp_path / "source", good_images(160))
+    whole, look_into = plan(job), HeaderReader.look_into
+
+    def slowly(*arguments) -> list:
+        time.sleep(0.2)
+        return look_into(*arguments)
+
+    monkeypatch.setattr(HeaderReader, "look_into", slowly)
+    monkeypatch.setitem(sample._THREADS, UnitKind.IMAGES, 4)  # 8 s for all of them
+    model, source = open_model(job), open_source(job.source)
+    units = list(Plan(source, job.unit_rows).units())
+    began = time.monotonic()
+    told = foretell(job, model, source, units, None, Assumptions(), look_seconds=2.5)
+    assert time.monotonic() - began < 5
+    assert not told.exact
+    assert 4 <= told.rows["images"].headers < 80
+    assert told.rows["images"].rows == whole.rows["images"].rows
+    assert told.tiles.total == pytest.approx(whole.tiles.total, rel=0.3)
+    at_once = foretell(job, model, source, units, None, Assumptions(), look_seconds=0)
+    assert at_once.rows["images"].headers == 1
+    assert at_once.rows["images"].rows == whole.rows["images"].rows
 
 
 class OneImageEverywhere(AbstractFileSystem):
