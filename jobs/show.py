@@ -53,6 +53,7 @@ def summary(result: Summary) -> None:
             "time": _time(result),
             "stages": _stages(result),
             "ranks": _ranks(result),
+            "replicas": f"started again {count(result.restarts, 'time')}" * bool(result.restarts),
         }
     else:
         facts["rows"] = "nothing was left to do"

@@ -60,10 +60,6 @@ class Book(Protocol):
         """The answers that the book holds of this kind: these, if it held none."""
         ...
 
-    def complain(self, message: str) -> None:
-        """To be told to the user."""
-        ...
-
 
 class Canary:
     """The canaries of one replica: `requests` when they are `due`, `take` for every result."""
@@ -88,10 +84,6 @@ class Canary:
         """Asks an engine that has nothing else to do. Raises WrongAnswerError."""
         for result in engine.generate(self.requests()):
             self.take(result)
-
-    def complain(self, error: WrongAnswerError) -> None:
-        """To be told to the user: the process that says so is about to end."""
-        self._book.complain(f"{error}; the replica is started again")
 
     def take(self, result: Result) -> bool:
         """Whether a result is one of ours. With the last of them comes the verdict.

@@ -14,7 +14,8 @@ import pyarrow as pa
 from model.engine.config import EngineConfig
 from pipeline.attempts import Attempts, Climb
 from pipeline.batch import Batch
-from pipeline.canary import Book, Canary, CanarySettings
+from pipeline.canary import Canary, CanarySettings
+from pipeline.canary_book import SharedBook
 from pipeline.copies import Columns, Copies
 from pipeline.finish import CUT
 from pipeline.rank_hosts import RankHosts
@@ -32,7 +33,7 @@ _AS_TILED = ("width", "height", "tiles", "image_tokens")
 @dataclass(frozen=True)
 class GenerateSettings:
     """dedupe: identical images are computed once; so they are seeded by the image, not the row.
-    canary: what the replica is checked by, and the book it is compared with.
+    canary: what the replica is checked by; book: with what, and where it says why it ends.
     hosts: of the replica's ranks; None where they share the actor's node and its GPUs.
     """
 
@@ -43,7 +44,8 @@ class GenerateSettings:
     extraction: Extraction | None = None
     climb: Climb = field(default_factory=Climb)
     dedupe: bool = False
-    canary: tuple[CanarySettings, Book] | None = None
+    canary: CanarySettings | None = None
+    book: SharedBook | None = None
     hosts: RankHosts | None = None
 
 
@@ -57,8 +59,7 @@ class Generate:
     def __init__(self, settings: GenerateSettings) -> None:
         self.settings = settings
         self.schema = generated_schema(settings.extraction, settings.kept)
-        canary = Canary(*settings.canary) if settings.canary else None
-        self.replica = Replica(settings.engine, canary, settings.hosts)
+        self.replica = _replica(settings)
         self.copies = Copies()
 
     def __call__(self, prepared: pa.Table) -> pa.Table:
@@ -101,6 +102,14 @@ class Generate:
 
     def _judge(self, result: Result) -> Columns:
         return answer_columns(result, self.settings.extraction)
+
+
+def _replica(settings: GenerateSettings) -> Replica:
+    if (book := settings.book) is None:
+        return Replica(settings.engine, hosts=settings.hosts)
+    book.begins()
+    canary = settings.canary and Canary(settings.canary, book)
+    return Replica(settings.engine, canary, settings.hosts, book.ends, book.starts)
 
 
 def row_seed(seed: int, key: str) -> int:

@@ -1,4 +1,5 @@
-"""The GPUs of a run while it works: says when replicas wait for some, gives back what they took."""
+"""The GPUs of a run while it works: says when replicas wait for some or load the model, and gives
+back what they took."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -16,8 +17,11 @@ _NOWHERE = {("PENDING_CREATION", False), ("RESTARTING", False), ("RESTARTING", T
 
 
 @contextmanager
-def gpus_of(place: Placement, show: Callable[[str | None], None]) -> Iterator[None]:
-    """While inside, `show` gets a line when replicas wait for GPUs, None when they do no longer.
+def gpus_of(
+    place: Placement, starting: Callable[[], str], show: Callable[[str | None], None]
+) -> Iterator[None]:
+    """While inside, `show` gets a line when replicas wait for GPUs, or how far one is that is
+    `starting`; None when they do no longer.
 
     Nobody gives up: on a cluster that is shared, the GPUs are free when another run has ended, or
     when a node is replaced.
@@ -28,17 +32,18 @@ def gpus_of(place: Placement, show: Callable[[str | None], None]) -> Iterator[No
         before = None
         while not done.wait(LOOK_SECONDS):
             with suppress(RayError):  # the cluster is busy: look again
-                now = _waiting(place)
+                now = _waiting(place) if place.gpus or place.hosts else None
                 # Twice in a row: every replica waits for a moment when it starts.
-                show(now if before else None)
+                show(now if now and before else starting() or None)
                 before = now
 
-    if place.gpus or place.hosts:
-        threading.Thread(target=look, name="gpus", daemon=True).start()
+    looking = threading.Thread(target=look, name="gpus", daemon=True)
+    looking.start()
     try:
         yield
     finally:
         done.set()
+        looking.join(LOOK_SECONDS)  # or it would find Ray shut down
         if place.hosts:
             give_back_gpus()
 

@@ -3,6 +3,7 @@
 Counts what it is given; knows neither Ray nor the ledger.
 """
 
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from rich.text import Text
 QUIET_SECONDS = 30.0  # between two lines where there is no terminal, unless there is news
 _MOST_ENDINGS = 8  # that are told
 _LOOK_SECONDS = 0.2  # for news
+_SHARE = re.compile(r"\d+%")
 
 
 class Progress:
@@ -132,8 +134,9 @@ class Progress:
         """Where there is no terminal: at each change of what the run does, and now and then."""
         with self._printing:
             due = time.monotonic() >= self._printed + QUIET_SECONDS
-            if self._told != self._doing() or due:
-                self._told, self._printed = self._doing(), time.monotonic()
+            doing = _SHARE.sub("", self._doing())  # a larger one is no news
+            if self._told != doing or due:
+                self._told, self._printed = doing, time.monotonic()
                 self._console.print(self.line(), soft_wrap=True)
 
 

@@ -62,8 +62,14 @@ class Replica:
         config: EngineConfig,
         canary: Canary | None = None,
         hosts: Callable[[], Hosts] | None = None,
+        ends: Callable[[str], None] = lambda _: None,
+        starts: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """ends: is told why, before the process exits. starts: how far the engine is, again and
+        again, and at last that it is nothing."""
         self._canary = canary
+        self._ends = ends
+        self._starts = starts
         self._inbox: queue.SimpleQueue[tuple[Request, Future[Result]]] = queue.SimpleQueue()
         self._waiting: dict[str, Future[Result]] = {}
         self._used = self._taken = Used()
@@ -92,13 +98,15 @@ class Replica:
 
     def _run(self, config: EngineConfig, hosts: Callable[[], Hosts] | None) -> None:
         try:
-            engine = start_engine(config, hosts, self._canary)
+            engine = start_engine(config, hosts, self._canary, self._starts)
+            metrics = ReplicaMetrics(engine)
+            watchdog = Watchdog(engine, config.hang_seconds, self._ends)
         except Exception as error:
             self._ready.set_exception(error)
             return
-        metrics, watchdog = ReplicaMetrics(engine), Watchdog(engine, config.hang_seconds)
         self._taken, self._ready_at = Used(ranks=engine.rank_busy_seconds), time.monotonic()
         self._ready.set_result(None)
+        self._starts("")
         try:
             while True:
                 self._add_waiting(engine)
@@ -107,8 +115,7 @@ class Replica:
                 metrics.look(seconds, self._inbox.qsize())
         except BaseException as error:
             logger.exception("the engine broke; this replica is started again")
-            if self._canary and isinstance(error, WrongAnswerError):
-                self._canary.complain(error)
+            self._ends(str(error) or type(error).__name__)
             os._exit(1)
 
     def _add_waiting(self, engine: Engine) -> None:
@@ -149,18 +156,19 @@ def start_engine(
     config: EngineConfig,
     hosts: Callable[[], Hosts] | None = None,
     canary: Canary | None = None,
+    at: Callable[[str], None] = lambda _: None,
 ) -> Engine:
-    """Checked by the canary. Raises what Engine and the check do, after a few tries: GPUs that a
-    killed replica held are free only some seconds later."""
+    """Checked by the canary. at: as of an Engine. Raises what Engine and the check do, after a few
+    tries: GPUs that a killed replica held are free only some seconds later."""
     for _ in range(START_TRIES - 1):
         try:
-            return _checked(Engine(config, hosts and hosts()), canary)
+            return _checked(Engine(config, hosts and hosts(), at), canary)
         except (ConfigError, WrongAnswerError):
             raise
         except Exception:
             logger.exception("the engine did not start; trying again")
             time.sleep(START_WAIT_SECONDS)
-    return _checked(Engine(config, hosts and hosts()), canary)
+    return _checked(Engine(config, hosts and hosts(), at), canary)
 
 
 def _checked(engine: Engine, canary: Canary | None) -> Engine:

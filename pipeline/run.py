@@ -93,15 +93,15 @@ def work(
         flow = Flow(job, model, read, placement, book.shared(), prompt_tokens)
         tally.hardware = flow.place.hardware()
         tally.metrics = RunMetrics(job.output)
-        with gpus_of(flow.place, tally.waits):
+        with gpus_of(flow.place, book.starting, tally.waits):
             for rows in stop.relay(flow.generated(pending), committer.incomplete):
                 tally.generated(rows)
                 with tally.committing():
                     works = committer.add(rows)
                 tally.committed(works, begun=len(committer.incomplete()))
-                tally.noted(book.complaints())
+                tally.replicas(book.news(), book.restarts)
                 tally.check_failures(job.max_failure_rate)
-        tally.noted(book.complaints(at_once=True))
+        tally.replicas(book.news(at_once=True), book.restarts)
     tally.check_stopped(stop.asked)
 
 
@@ -254,7 +254,8 @@ class Flow:
             extraction=job.extraction(),
             climb=Climb(job.ladder, job.retries, turner),
             dedupe=job.dedupe == "exact",
-            canary=(self.canary_settings(engine), self.book),
+            canary=self.canary_settings(engine),
+            book=self.book,
             hosts=self.place.hosts,
         )
 

@@ -47,6 +47,7 @@ class Tally:
         self._stage_seconds: dict[str, float] = dict.fromkeys((*_TIMED_BY_ROW, "commit"), 0.0)
         self._replica_seconds = 0.0  # of all replicas, from when each had loaded the model
         self._rank_seconds: tuple[float, ...] = ()  # of them, that the ranks of each place computed
+        self._restarts = 0  # of replicas
         self._copied = 0  # rows, from identical images
         self._prompt_tokens = 0
         self._output_tokens = 0
@@ -96,6 +97,11 @@ class Tally:
         """Tells the user at once of what is no failure of the run."""
         for message in messages:
             self._progress.note(message)
+
+    def replicas(self, news: Iterable[str], restarts: int) -> None:
+        """Tells what became of replicas. restarts: of them, since the run began."""
+        self.noted(news)
+        self._restarts = restarts
 
     def waits(self, what: str | None) -> None:
         """Tells what the run waits for, until it is called again."""
@@ -148,6 +154,7 @@ class Tally:
             start_seconds=self._start_seconds,
             foretold=self.foretold,
             rank_busy=self._rank_busy(),
+            restarts=self._restarts,
             changed=dict(self._changed),
         )
 
@@ -176,6 +183,7 @@ class Tally:
             stage_seconds=self._stage_seconds,
             rank_busy=self._rank_busy(),
             rank_busy_at_most=self.foretold.rank_busy if self.foretold else (),
+            restarts=self._restarts,
             growth=self.growth,
             failed_in_all=ledger.failed_rows() if strict else None,
             random_weights=ledger.job["job"]["random_weights"],

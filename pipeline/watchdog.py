@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 
 from model.engine.engine import Engine
 from model.engine.vital_signs import VitalSigns, hung
@@ -18,12 +19,13 @@ _SECONDS_BETWEEN = 1.0  # two looks
 class Watchdog:
     """A context in which `engine` has something to do; for one thread, again and again.
 
-    patience: seconds, as EngineConfig.hang_seconds.
+    patience: seconds, as EngineConfig.hang_seconds. ends: is told why, before the process exits.
     """
 
-    def __init__(self, engine: Engine, patience: float) -> None:
+    def __init__(self, engine: Engine, patience: float, ends: Callable[[str], None]) -> None:
         self._engine = engine
         self._patience = patience
+        self._ends = ends
         self._entered = 0
         self._inside = False
         threading.Thread(target=self._look, name="watchdog", daemon=True).start()
@@ -46,4 +48,5 @@ class Watchdog:
             signs.heard(self._engine.alive)
             if found := hung([signs], self._patience):
                 logger.error("the engine hangs: %s; this replica is started again", found[0])
+                self._ends(f"the engine hung: {found[0]}")
                 os._exit(1)

@@ -18,6 +18,7 @@ class Summary:
     overlap with generate, so they add up to more than `seconds`, which is the clock on the wall.
     rank_busy: the share of the time since the model was loaded in which each rank of a replica
     computed, and the most it could; empty where that is not known.
+    restarts: how often a replica that ended was started again.
     """
 
     output: str
@@ -31,6 +32,7 @@ class Summary:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     rank_busy: tuple[float, ...] = ()
     rank_busy_at_most: tuple[float, ...] = ()
+    restarts: int = 0
     growth: Growth | None = None  # what the plan grew by, where the job says so
     failed_in_all: int | None = None  # failed rows of every run; counted for a strict job only
     random_weights: bool = False
@@ -89,7 +91,7 @@ class RunRecord:
     """_vl01/runs/<run>.json: what one run did, also one that was stopped before its end.
 
     start_seconds: until the first rows came: Ray's start, the model's loading.
-    rank_busy: as in Summary.
+    rank_busy, restarts: as in Summary.
     changed: keys of the dataset's job that were others for the rows of this run, a retry.
     rows: those it did, by what came out; a retry may have left an older answer in their place. A
     run that was killed leaves no record; the commit records still tell what it committed and when.
@@ -109,6 +111,7 @@ class RunRecord:
     foretold: Foretold | None = None
     start_seconds: float = 0.0
     rank_busy: tuple[float, ...] = ()
+    restarts: int = 0
     changed: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
@@ -157,7 +160,7 @@ class RunFigures:
     """One run as the report tells it. hardware and stage_seconds: empty of a run that was killed.
 
     seconds: on the wall, loading the model included; to its last commit if it was killed.
-    failed, tiles, start_seconds, foretold, rank_busy: of runs that left a record.
+    failed, tiles, start_seconds, foretold, rank_busy, restarts: of runs that left a record.
     """
 
     run: str
@@ -174,6 +177,7 @@ class RunFigures:
     start_seconds: float = 0.0
     foretold: Foretold | None = None
     rank_busy: tuple[float, ...] = ()
+    restarts: int = 0
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Owns what the others do not know: the requests themselves and their text.
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import TracebackType
@@ -63,15 +63,23 @@ class Engine:
     an engine is of no more use; close it.
 
     hosts: of its ranks, where these are several; None is this machine.
+    at: is told in words, again and again, how far a rank that is waited for is in starting.
     """
 
-    def __init__(self, config: EngineConfig, hosts: Hosts | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        hosts: Hosts | None = None,
+        at: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._model = load_config(config.checkpoint)
         self._tokenizer = Tokenizer.from_checkpoint(config.checkpoint)
         layer_spans(self._model, config.ranks)
         if hosts is None:
             config.check_devices()
-        self._ranks = RankInProcess(config) if config.ranks == 1 else RankProcesses(config, hosts)
+        self._ranks = (
+            RankInProcess(config, at) if config.ranks == 1 else RankProcesses(config, hosts, at)
+        )
         self.capacity = self._ranks.capacity
         self._config = config
         self._statistics = EngineStatistics()

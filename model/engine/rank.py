@@ -6,6 +6,7 @@ Shapes: T tokens of a microbatch, D hidden size, N sequences that get a token, P
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +57,19 @@ class Scored:
 
 class Rank:
     """The span of layers with index `rank` of `config.ranks`, loaded on `device` and ready for
-    `allocate`."""
+    `allocate`. at: is told in words how far the loading is."""
 
-    def __init__(self, config: EngineConfig, rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        rank: int,
+        device: torch.device,
+        at: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._config = config
         self.device = device
         self.dtype = config.torch_dtype
-        self.decoder = _load(config, rank, device)
+        self.decoder = _load(config, rank, device, at)
         self._features: dict[int, Tensor] = {}  # sequence -> the features not yet used, [P, D]
         self._saved: dict[int, SavedSequence] = {}
         self.mask_memory = MaskMemory(device)
@@ -179,7 +186,9 @@ class Rank:
         return features_PD[:count]
 
 
-def _load(config: EngineConfig, rank: int, device: torch.device) -> Decoder:
+def _load(
+    config: EngineConfig, rank: int, device: torch.device, at: Callable[[str], None]
+) -> Decoder:
     model = load_config(config.checkpoint)
     span = layer_spans(model, config.ranks)[rank]
     who = f"rank {rank} of {config.ranks}"
@@ -193,6 +202,12 @@ def _load(config: EngineConfig, rank: int, device: torch.device) -> Decoder:
     if config.random_weights:
         decoder = random_decoder(model, span, **how)
     else:
-        decoder = load_decoder(config.checkpoint, span, **how)
+
+        def loaded(share: float) -> None:
+            at(f"loading its layers, {share:.0%}")
+
+        decoder = load_decoder(config.checkpoint, span, **how, loaded=loaded)
+    if device.type == "cuda":
+        at("computing a trial microbatch")
     logger.info("%s: loaded in %.0f s", who, time.monotonic() - started)
     return decoder

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,10 +22,10 @@ from schemas.errors import EngineError, OutOfMemoryError
 class RankInProcess:
     """Has the methods of RankProcesses; `submit` computes at once, or on cuda, hands to the GPU."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, at: Callable[[str], None] = lambda _: None) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        rank = Rank(config, 0, config.rank_device(0))
+        rank = Rank(config, 0, config.rank_device(0), lambda doing: at(f"rank 0 of 1 {doing}"))
         self.capacity = share_out([rank.room()], config.most_sequences, config.tokens_per_sequence)
         rank.allocate(self.capacity)
         self._rank: Rank | None = rank

@@ -50,6 +50,11 @@ class RankProcess:
         return self.signs.last.busy_seconds if self.signs.last else 0.0
 
     @property
+    def doing(self) -> str:
+        """In words, as far as it has told."""
+        return f"{self._name} {self.signs.last.doing if self.signs.last else 'starting'}"
+
+    @property
     def killed(self) -> bool:
         """Was it ended by a signal, not by itself?"""
         return (self._exit_code or 0) < 0

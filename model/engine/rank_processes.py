@@ -1,7 +1,7 @@
 """All ranks of one engine, each in a process of its own."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from typing import Any, NoReturn
 
@@ -26,14 +26,19 @@ _SECONDS_TO_EXPLAIN = 2.0  # after a failure: for those it takes along, so that 
 class RankProcesses:
     """Starts `config.ranks` processes, and waits until all have loaded their layers.
 
-    hosts: None starts them on this machine, rank r with GPU r.
+    hosts: None starts them on this machine, rank r with GPU r. at: as of an Engine.
     Takes microbatches with `submit` and hands back their tokens with `receive`, in order.
     Both it and `forget` raise EngineError once a rank has failed, died or hung, with its exit code
     and traceback, or the ranks are closed. So does the start, with ConfigError when a rank found
     the checkpoint or the memory wanting.
     """
 
-    def __init__(self, config: EngineConfig, hosts: Hosts | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        hosts: Hosts | None = None,
+        at: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._error: EngineError | ConfigError | None = None
         self._meeting: Meeting | None = Meeting(hosts.address if hosts else None)
         self._ranks: list[RankProcess] = []
@@ -43,12 +48,12 @@ class RankProcesses:
         try:
             for index, host in enumerate(hosts.hosts if hosts else _on_this_machine(config)):
                 self._ranks.append(RankProcess(config, index, host, self._meeting.point))
-            rooms = [self._hear(rank) for rank in self._ranks]
+            rooms = [self._hear(rank, at) for rank in self._ranks]
             self.capacity = share_out(rooms, config.most_sequences, config.tokens_per_sequence)
             for rank in self._ranks:
                 rank.tell(self.capacity)
             for rank in self._ranks:
-                self._hear(rank)
+                self._hear(rank, at)
         except BaseException:
             self.close()
             raise
@@ -119,10 +124,11 @@ class RankProcesses:
         self._error = self._error or EngineError("the engine is closed")
         self._meeting = None
 
-    def _hear(self, rank: RankProcess) -> Any:
-        """The next message of one rank."""
+    def _hear(self, rank: RankProcess, at: Callable[[str], None] = lambda _: None) -> Any:
+        """The next message of one rank. at: is told what it is doing meanwhile."""
         while not rank.inbox:
             self._listen()
+            at(rank.doing)
         return rank.inbox.popleft()
 
     def _listen(self) -> None:
@@ -166,11 +172,11 @@ class RankProcesses:
             for rank in speaking:
                 rank.listen()
         failed = [rank for rank in self._ranks if rank.killed or rank.failed_at]
+        self.close()  # how each ended is known only then: to give a full GPU back takes seconds
         failed.sort(key=lambda rank: (not rank.killed, rank.failed_at or 0.0))
         wanting = [rank.failure for rank in failed if isinstance(rank.failure, ConfigError)]
         what_happened = "\n".join(rank.describe() for rank in failed)
         self._error = wanting[0] if wanting else EngineError(what_happened)
-        self.close()
         raise self._error
 
 

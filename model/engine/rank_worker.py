@@ -85,7 +85,7 @@ def _serve(coordinator: Coordinator) -> None:
     progress.at("meeting the others")
     transport = Transport(start.rank, config.ranks, device, start.meeting_point)
     progress.at("loading its layers")
-    rank = Rank(config, start.rank, device)
+    rank = Rank(config, start.rank, device, progress.at)
     coordinator.tell(rank.room())
     capacity: Capacity = coordinator.next_message()
     rank.allocate(capacity)

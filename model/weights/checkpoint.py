@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +53,11 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device | str,
     quantization: Quantization = "int8",
+    loaded: Callable[[float], None] = lambda _: None,
 ) -> Decoder:
     """The layers in `span`, filled. Reads only their tensors, ranges of them in parallel.
 
+    loaded: is told the share of their bytes that is there, again and again.
     A plain checkpoint is quantized on the device while it is read; one that is quantized already
     (optimum-quanto's names) is taken as it is.
     Raises CheckpointError, before reading any tensor, as `check_checkpoint` does; then that and
@@ -69,9 +71,12 @@ def load_decoder(
     places = _places(sources, dict(decoder.named_parameters()), quantization)
     reader = ShardReader(folder, pinned=torch.device(device).type == "cuda")
     stored = [tensor for source in sources for tensor in _stored_in(source)]
+    all_bytes, filled = sum(tensor.nbytes for tensor in stored), 0
     with torch.inference_mode():
         for piece, rows in reader.pieces(stored):
             places[piece.tensor.name].fill(piece.first_row, rows)
+            filled += piece.nbytes
+            loaded(filled / all_bytes)
     seconds, gigabytes = time.monotonic() - started, reader.bytes_read / 1e9
     logger.info(
         "layers %d to %d of %s: read %.2f GB in %.1f s, %.2f GB/s",

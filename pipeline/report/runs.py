@@ -87,6 +87,7 @@ def _recorded(figures: RunFigures, record: RunRecord) -> RunFigures:
         start_seconds=round(record.start_seconds, 1),
         foretold=record.foretold,
         rank_busy=tuple(round(share, 4) for share in record.rank_busy),
+        restarts=record.restarts,
     )
     if record.what == "run":
         return figures

@@ -22,3 +22,10 @@ def test_ranks_that_wait_for_each_other_are_seen(capsys, measured, at_most, said
     shown = capsys.readouterr().out
     assert said in shown
     assert ("ranks" in shown) == bool(said)
+
+
+def test_replicas_that_ended_are_not_passed_over(capsys):
+    show.summary(Summary("out", 1, {"ok": 3}, restarts=2))
+    assert "replicas started again 2 times" in capsys.readouterr().out
+    show.summary(Summary("out", 1, {"ok": 3}))
+    assert "replicas" not in capsys.readouterr().out

@@ -24,9 +24,6 @@ class Notes:
     def reference(self, kind, answers):
         return self.answers.setdefault(kind, answers)
 
-    def complain(self, message):
-        raise AssertionError("only a replica complains")
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):

@@ -33,7 +33,7 @@ class FakeEngine:
     rank_busy_seconds = ()
     occupancy = Occupancy(running=0, slots=0.0, blocks=0.0)
 
-    def __init__(self, config: EngineConfig, hosts: None = None) -> None:
+    def __init__(self, config: EngineConfig, *_: object) -> None:
         self.queue: deque[Request] = deque()
         self.most = 0
 
@@ -139,7 +139,7 @@ def start_with(monkeypatch, engine) -> Generate:
 
 
 def test_an_engine_that_cannot_start_says_why_and_fails_the_batch_not_the_actor(monkeypatch):
-    def broken(config: EngineConfig, hosts: None) -> None:
+    def broken(config: EngineConfig, *_: object) -> None:
         raise ConfigError("47 GB of weights, 20 GB of memory")
 
     stage = start_with(monkeypatch, broken)
@@ -147,10 +147,22 @@ def test_an_engine_that_cannot_start_says_why_and_fails_the_batch_not_the_actor(
         stage(prepared([good_row("a")]))
 
 
+def test_a_replica_that_fails_between_its_start_and_its_first_row_does_not_wait_for_ever(
+    monkeypatch,
+):
+    def broken(engine: FakeEngine) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(replica, "ReplicaMetrics", broken)
+    stage = start_with(monkeypatch, lambda config, *_: FakeEngine(config))
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        stage(prepared([good_row("a")]))
+
+
 def test_gpus_that_are_freed_late_do_not_end_the_run(monkeypatch):
     failures = [MemoryError("still held"), MemoryError("still held")]
 
-    def late(config: EngineConfig, hosts: None) -> FakeEngine:
+    def late(config: EngineConfig, *_: object) -> FakeEngine:
         if failures:
             raise failures.pop()
         return FakeEngine(config)
@@ -170,7 +182,7 @@ def test_an_engine_that_breaks_while_it_is_checked_is_closed_and_started_again(m
             if failures:
                 raise failures.pop()
 
-    monkeypatch.setattr(replica, "Engine", lambda config, hosts: Closing(config))
+    monkeypatch.setattr(replica, "Engine", lambda config, *_: Closing(config))
     monkeypatch.setattr(replica, "START_WAIT_SECONDS", 0.0)
     config, check = EngineConfig("nowhere"), cast(Canary, Check())
     assert replica.start_engine(config, canary=check) not in closed
@@ -224,7 +236,7 @@ class Tired(FakeEngine):
 
     asked: list[Request]
 
-    def __init__(self, config: EngineConfig, hosts: None = None) -> None:
+    def __init__(self, config: EngineConfig, *_: object) -> None:
         super().__init__(config)
         self.asked = Tired.asked = []
 

@@ -101,10 +101,21 @@ def test_what_was_waited_for_is_taken_back_when_it_is_there(cluster, monkeypatch
     monkeypatch.setattr(gpus, "LOOK_SECONDS", 0.001)
     said: list[str | None] = []
     cluster([0], ("RESTARTING", 7))
-    with gpus.gpus_of(place(), said.append):
+    with gpus.gpus_of(place(), lambda: "", said.append):
         while not (said and said[-1]):
             time.sleep(0.001)
         cluster([0], ("ALIVE", 8))
         while said[-1]:
             time.sleep(0.001)
     assert said[0] is None  # once is not enough
+
+
+def test_a_terminal_is_not_quiet_while_a_large_model_loads(cluster, monkeypatch):
+    monkeypatch.setattr(gpus, "LOOK_SECONDS", 0.001)
+    cluster([4])
+    words = iter(["rank 0 of 4 loading its layers, 43%", ""])
+    said: list[str | None] = []
+    with gpus.gpus_of(place(), lambda: next(words, ""), said.append):
+        while len(said) < 3:
+            time.sleep(0.001)
+    assert said[:3] == ["rank 0 of 4 loading its layers, 43%", None, None]

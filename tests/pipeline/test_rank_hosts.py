@@ -4,6 +4,7 @@ The GPUs are Ray's to count, and nobody's to compute on: the ranks are told to u
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -206,11 +207,16 @@ def test_a_replica_of_two_nodes_outlives_kills_and_writes_what_one_rank_does(
     monkeypatch.setattr(pipeline.run, "place", place_without_gpus)
     output = folder / "killed"
     disturbance = Disturbance(output, kill("rank_worker"), kill("HostActor"), kill("Generate"))
-    pipeline.run.run(job(folder, "killed", pp=2))
+    news: list[str] = []
+    monkeypatch.setattr(Tally, "noted", lambda _, messages: news.extend(messages))
+    summary = pipeline.run.run(job(folder, "killed", pp=2))
     disturbance.join(timeout=1)
     print("a killed rank, host, replica: seconds", disturbance.down, "and", disturbance.up)
     assert len(disturbance.nodes) == 2
-    assert len(disturbance.up) == 3
+    assert len(disturbance.up) == summary.restarts == 3
+    *two, last = news
+    assert all(re.search(r"started again: rank \d of 2 .* was killed by SIGKILL$", n) for n in two)
+    assert last.endswith("its process was killed, or its node was lost")
     assert max(disturbance.down) < MINUTE
     assert rows_of(output) == alone[0]
     assert verify(str(output), deep=True).ok

@@ -55,10 +55,12 @@ def test_rows_tokens_and_seconds_add_up(tally, ledger):
     seconds |= {"replica_seconds": 1.0, "rank_seconds": [0.75, 1.0]}
     tally.foretold = Foretold(3, 1, 9, 90, True, rank_busy=(1.0, 0.9))
     tally.generated(pa.Table.from_pylist([row | seconds, row | seconds, bad], schema=GENERATED))
+    tally.replicas(["a replica was started again: why"], restarts=1)
     with tally.committing():
         tally.committed([ledger.record(0), ledger.record(1)], begun=0)
     with Lease(ledger) as lease:
         summary = tally.summary(ledger, Committer(ledger, lease), strict=False)
+    assert summary.restarts == 1
     assert summary.rows == {"ok": 4, "failed": 1}
     assert summary.reasons == {"empty_source": 1}
     assert (summary.prompt_tokens, summary.output_tokens) == (40, 8)

@@ -16,7 +16,7 @@ from model.engine.engine import Engine
 from model.engine.memory import Capacity
 from model.engine.microbatch import Microbatch
 from model.engine.plan import Plan, Segment
-from model.engine.rank_host import Hosts, LocalProcess
+from model.engine.rank_host import Hosts, LocalProcess, Process, ThisHost
 from model.engine.rank_processes import RankProcesses
 from schemas.errors import ConfigError, EngineError
 from tests.model.engine.conftest import text_request, tight_memory, token_ids
@@ -50,6 +50,17 @@ def test_four_ranks_give_the_tokens_of_one(checkpoint, requests, expected):
     assert gone(pids, within=1.0)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_engine_says_how_far_its_start_is(checkpoint, ranks):
+    said: list[str] = []
+    with Engine(_config(checkpoint, ranks), at=said.append):
+        pass
+    assert said
+    assert all(words.startswith("rank ") and f" of {ranks} " in words for words in said)
+    if ranks == 1:
+        assert said[-1] == "rank 0 of 1 loading its layers, 100%"
+
+
 class ByTCP:
     """A host that is reached as one elsewhere would be."""
 
@@ -78,6 +89,46 @@ def test_ranks_that_are_reached_and_meet_by_tcp_give_the_same_tokens_and_leave_n
         for request in requests:
             engine.add(request)
         engine.step()
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.raises(EngineError, match=rf"^rank 1 of 2 \(pid {pids[1]}\) was killed by"):
+            list(engine.generate([]))
+    assert gone(pids, within=1.0)
+
+
+class SlowToDie:
+    """A process that takes seconds to die, as with 100 GB of a GPU to give back."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self.pid, self.name = process.pid, process.name
+        self._died: float | None = None
+
+    def wait(self, seconds: float) -> int | None:
+        code = self._process.wait(seconds)
+        if code is None:
+            return None
+        self._died = self._died or time.monotonic()
+        left = self._died + 2 - time.monotonic()
+        time.sleep(max(0, min(seconds, left)))
+        return code if left <= seconds else None
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+class WithMuchToGiveBack(ThisHost):
+    def start(self):
+        channel, process = super().start()
+        return channel, SlowToDie(process)
+
+
+def test_a_rank_that_was_killed_and_takes_seconds_to_die_is_said_to_be_killed(checkpoint, requests):
+    hosts = Hosts("127.0.0.1", [WithMuchToGiveBack(gpu) for gpu in range(2)])
+    with Engine(_config(checkpoint, 2), hosts) as engine:
+        for request in requests:
+            engine.add(request)
+        engine.step()
+        pids = engine.rank_pids
         os.kill(pids[1], signal.SIGKILL)
         with pytest.raises(EngineError, match=rf"^rank 1 of 2 \(pid {pids[1]}\) was killed by"):
             list(engine.generate([]))

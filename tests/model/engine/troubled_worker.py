@@ -41,7 +41,7 @@ class Troubles:
         self._listen(Rank, "__init__", self._born)
         self._listen(RankLoop, "_forget", self._started_over)
 
-    def _born(self, rank: Rank, config: Any, index: int, device: Any) -> None:
+    def _born(self, rank: Rank, config: Any, index: int, *_: Any) -> None:
         self._rank = index
 
     def _started_over(self, loop: RankLoop) -> None:

@@ -111,6 +111,15 @@ def test_a_rank_reads_its_own_tensors_and_no_other(checkpoint, monkeypatch):
         assert decoder.is_last == (span.stop == 8)
 
 
+def test_a_long_load_says_how_far_it_is(checkpoint):
+    shares: list[float] = []
+    load_decoder(checkpoint, range(3, 8), **CPU, loaded=shares.append)
+    assert len(shares) > 10
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < 0.5
+    assert shares[-1] == 1.0
+
+
 def test_ranks_hold_the_same_weights_as_one_rank_would(checkpoint):
     whole = dict(load_whole(checkpoint).named_parameters())
     parts = {}

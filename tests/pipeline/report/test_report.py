@@ -96,6 +96,7 @@ def record_of(run: str) -> RunRecord:
         output_tokens=0,
         stage_seconds={"read": 1.0, "generate": 30.0},
         hardware=Hardware("cuda", ranks=4, replicas=2, prepare_workers=1),
+        restarts=3,
     )
 
 
@@ -167,6 +168,12 @@ def test_cost_is_measured_on_the_gpus_of_the_run(mixed):
     assert (cost.gpu_hours, cost.total) == (4.0, 12.0)  # half an hour of eight GPUs
     assert cost.per_million_rows == pytest.approx(12.0 / 30 * 1e6)
     assert write_report(ledger.output).report.cost is None
+
+
+def test_replicas_that_ended_are_told_with_their_run(mixed):
+    written = write_report(dataset(mixed).output)
+    assert [run.restarts for run in written.report.runs] == [3]
+    assert "started again: 3<" in html_of(written)
 
 
 def test_pictures_are_found_again_in_folders_tars_and_parquet_files(mixed):
