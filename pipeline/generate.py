@@ -15,11 +15,11 @@ from model.engine.config import EngineConfig
 from pipeline.attempts import Attempts, Climb
 from pipeline.batch import Batch
 from pipeline.canary import Canary, CanarySettings
-from pipeline.canary_book import SharedBook
 from pipeline.copies import Columns, Copies
 from pipeline.finish import CUT
 from pipeline.rank_hosts import RankHosts
 from pipeline.replica import Replica
+from pipeline.run_book import SharedBook
 from pipeline.tables import add_columns
 from schemas.errors import Reason, RowError
 from schemas.extraction import Extraction

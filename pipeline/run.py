@@ -20,7 +20,6 @@ from model.inputs.images import DecodeLimits
 from model.inputs.turning import Turner
 from pipeline.attempts import Climb
 from pipeline.canary import CanarySettings
-from pipeline.canary_book import CanaryBook, SharedBook
 from pipeline.commit import Committer
 from pipeline.documents import write_documents
 from pipeline.estimate.estimate import foretold
@@ -37,6 +36,7 @@ from pipeline.plan import Plan
 from pipeline.prepare import BLOCK_BYTES, Prepare, PrepareSettings
 from pipeline.progress import Progress, endings
 from pipeline.read import ReadSettings, read_settings, read_units
+from pipeline.run_book import RunBook, SharedBook
 from pipeline.sources import Source, open_source
 from pipeline.stop import Stop
 from pipeline.tally import Tally
@@ -87,7 +87,7 @@ def work(
     """Sends units through all the stages. Raises StoppedError when it ends before they are done."""
     with ray_session(job.address):
         stop.listen()
-        book = CanaryBook(committer.ledger)
+        book = RunBook(committer.ledger)
         prompt_tokens = tally.foretold.mean_prompt_tokens if tally.foretold else 0.0
         placement = place(job, has_documents(pending, tally.foretold))
         flow = Flow(job, model, read, placement, book.shared(), prompt_tokens)

@@ -141,7 +141,7 @@ def flow(monkeypatch):
     book = SimpleNamespace(
         shared=lambda: None, news=lambda at_once=False: [], restarts=0, starting=lambda: ""
     )
-    monkeypatch.setattr(pipeline.run, "CanaryBook", lambda _: book)
+    monkeypatch.setattr(pipeline.run, "RunBook", lambda _: book)
     return events
 
 

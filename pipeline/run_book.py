@@ -87,7 +87,7 @@ class SharedBook:
             ray.get(said, timeout=_SECONDS_TO_TELL)
 
 
-class CanaryBook:
+class RunBook:
     """What the run's own process holds of it, once Ray has started."""
 
     def __init__(self, ledger: Ledger) -> None:

@@ -1,6 +1,6 @@
 """Why a replica ended reaches the user, also where it could not say so itself."""
 
-from pipeline.canary_book import Pages
+from pipeline.run_book import Pages
 
 
 def test_a_replica_that_was_killed_is_not_passed_over_nor_given_the_reason_of_another():
