@@ -134,8 +134,14 @@ def _counts(counts: dict[str, int]) -> str:
 
 def _time(result: Summary) -> str:
     rows = sum(result.rows.values())
-    rate = f", {rows / result.seconds:,.2f} rows/s" if result.seconds else ""
-    return f"{result.seconds:,.1f} s{rate}"
+    told = _rate(rows, result.seconds)
+    if result.loaded_seconds:
+        told += f"; with the model loaded, {_rate(rows, result.loaded_seconds)}"
+    return told
+
+
+def _rate(rows: int, seconds: float) -> str:
+    return f"{seconds:,.1f} s" + (f", {rows / seconds:,.2f} rows/s" if seconds else "")
 
 
 def _stages(result: Summary) -> str:

@@ -153,10 +153,14 @@ class Tally:
             tiles=self._tiles,
             start_seconds=self._start_seconds,
             foretold=self.foretold,
+            loaded_seconds=self._loaded_seconds(),
             rank_busy=self._rank_busy(),
             restarts=self._restarts,
             changed=dict(self._changed),
         )
+
+    def _loaded_seconds(self) -> float:
+        return self._replica_seconds / (self.hardware.replicas if self.hardware else 1)
 
     def _rank_busy(self) -> tuple[float, ...]:
         """The share of the time in which each rank computed, over all replicas."""
@@ -181,6 +185,7 @@ class Tally:
             output_tokens=self._output_tokens,
             seconds=time.monotonic() - self._started,
             stage_seconds=self._stage_seconds,
+            loaded_seconds=self._loaded_seconds(),
             rank_busy=self._rank_busy(),
             rank_busy_at_most=self.foretold.rank_busy if self.foretold else (),
             restarts=self._restarts,

@@ -16,8 +16,10 @@ class Summary:
 
     stage_seconds: busy seconds of each stage, summed over its workers; read, prepare and commit
     overlap with generate, so they add up to more than `seconds`, which is the clock on the wall.
-    rank_busy: the share of the time since the model was loaded in which each rank of a replica
-    computed, and the most it could; empty where that is not known.
+    loaded_seconds: of them, a replica's time from when it had loaded the model to its last row; the
+    mean of the replicas. 0 where that is not known.
+    rank_busy: the share of that time in which each rank of a replica computed, and the most it
+    could; empty where that is not known.
     restarts: how often a replica that ended was started again.
     """
 
@@ -30,6 +32,7 @@ class Summary:
     output_tokens: int = 0
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    loaded_seconds: float = 0.0
     rank_busy: tuple[float, ...] = ()
     rank_busy_at_most: tuple[float, ...] = ()
     restarts: int = 0
@@ -91,7 +94,7 @@ class RunRecord:
     """_vl01/runs/<run>.json: what one run did, also one that was stopped before its end.
 
     start_seconds: until the first rows came: Ray's start, the model's loading.
-    rank_busy, restarts: as in Summary.
+    loaded_seconds, rank_busy, restarts: as in Summary.
     changed: keys of the dataset's job that were others for the rows of this run, a retry.
     rows: those it did, by what came out; a retry may have left an older answer in their place. A
     run that was killed leaves no record; the commit records still tell what it committed and when.
@@ -110,6 +113,7 @@ class RunRecord:
     tiles: int = 0
     foretold: Foretold | None = None
     start_seconds: float = 0.0
+    loaded_seconds: float = 0.0
     rank_busy: tuple[float, ...] = ()
     restarts: int = 0
     changed: dict[str, float] = field(default_factory=dict)

@@ -29,3 +29,9 @@ def test_replicas_that_ended_are_not_passed_over(capsys):
     assert "replicas started again 2 times" in capsys.readouterr().out
     show.summary(Summary("out", 1, {"ok": 3}))
     assert "replicas" not in capsys.readouterr().out
+
+
+def test_the_time_of_loading_does_not_pass_for_the_speed_of_the_model(capsys):
+    show.summary(Summary("out", 1, {"ok": 512}, seconds=83.0, loaded_seconds=34.0))
+    told = "83.0 s, 6.17 rows/s; with the model loaded, 34.0 s, 15.06 rows/s"
+    assert told in " ".join(capsys.readouterr().out.split())

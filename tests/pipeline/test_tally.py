@@ -66,5 +66,6 @@ def test_rows_tokens_and_seconds_add_up(tally, ledger):
     assert (summary.prompt_tokens, summary.output_tokens) == (40, 8)
     assert summary.stage_seconds.pop("commit") >= 0
     assert summary.stage_seconds == {"read": 1.5, "prepare": 2.0, "generate": 4.0}
+    assert summary.loaded_seconds == 4.0
     assert summary.rank_busy == (2.5 / 4, 3.75 / 4)
     assert summary.rank_busy_at_most == (1.0, 0.9)
