@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from model.engine.rank_host import GIVE_MEMORY_BACK
 from pipeline.rank_hosts import RankHosts
-from schemas.errors import CheckpointError, ConfigError, EngineError, VL01Error
+from schemas.errors import CheckpointError, ConfigError, EngineError, StoppedError, VL01Error
 from schemas.job import Job
 from schemas.report import Hardware
 
@@ -82,6 +82,11 @@ def ray_session(address: str) -> Iterator[None]:
             raise ConfigError(
                 f"no Ray cluster answers at {address!r}: {error}. Expected local (start Ray on this"
                 " machine), auto, or the address of a running cluster."
+            ) from error
+        except Exception as error:  # Ray has no kind of its own for a node that starts too slowly
+            raise StoppedError(
+                f"Ray did not start: {error} On a busy machine, try again; Ray's own log is in"
+                " /tmp/ray/session_latest/logs."
             ) from error
     _quieten_ray_data()
     try:

@@ -7,7 +7,7 @@ from ray.exceptions import RayError
 from pipeline import placement
 from pipeline.placement import place, plain_error, ray_session
 from pipeline.rank_hosts import RankHosts
-from schemas.errors import ConfigError, EngineError, ExitCode
+from schemas.errors import ConfigError, EngineError, ExitCode, StoppedError
 from schemas.job import Job
 
 
@@ -165,4 +165,14 @@ def test_any_other_error_of_a_worker_stops_the_run_in_one_line(text):
 
 def test_an_address_that_is_none_is_a_clear_line():
     with pytest.raises(ConfigError, match="no Ray cluster answers at 'foo'"), ray_session("foo"):
+        pass
+
+
+def test_a_machine_too_busy_for_ray_to_start_on_is_told_in_words(monkeypatch):
+    def slowly(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(placement.ray, "init", slowly)
+    words = "Ray did not start: The current node timed out during startup. On a busy machine, try"
+    with pytest.raises(StoppedError, match=words), ray_session("local"):
         pass
