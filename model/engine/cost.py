@@ -17,12 +17,13 @@ from math import hypot, prod
 
 from model.config import LayerType, TextConfig, VL01Config
 from model.engine.plan import Segment
+from model.layers.memory import RECENT_TOKENS
 from model.weights.names import checkpoint_tensors
 
 _BF16, _FP32 = 2, 4
-# Of a number of a lightning state, for a token: 16 bits are read, and written for one in eight; the
-# keys and values of up to eight tokens wait beside 128 x 128 of them.
-_STATE_BYTES = 2 + 2 / 8 + 1 / 4
+# Of a number of a lightning state, for a token: 16 bits are read, and written for one in so many;
+# meanwhile the keys and values of these wait beside 128 x 128 numbers.
+_STATE_BYTES = _BF16 + _BF16 / RECENT_TOKENS + 2 * RECENT_TOKENS * _BF16 / 128
 _LOGITS_PASSES = 6  # fp32 logits are written, and read and written again until a token is chosen
 
 

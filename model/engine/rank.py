@@ -64,7 +64,7 @@ class Rank:
         config: EngineConfig,
         rank: int,
         device: torch.device,
-        at: Callable[[str], None] = lambda _: None,
+        at: Callable[[str], None],
     ) -> None:
         self._config = config
         self.device = device

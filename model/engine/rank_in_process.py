@@ -22,7 +22,7 @@ from schemas.errors import EngineError, OutOfMemoryError
 class RankInProcess:
     """Has the methods of RankProcesses; `submit` computes at once, or on cuda, hands to the GPU."""
 
-    def __init__(self, config: EngineConfig, at: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, config: EngineConfig, at: Callable[[str], None]) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         rank = Rank(config, 0, config.rank_device(0), lambda doing: at(f"rank 0 of 1 {doing}"))

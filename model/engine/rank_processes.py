@@ -36,8 +36,8 @@ class RankProcesses:
     def __init__(
         self,
         config: EngineConfig,
-        hosts: Hosts | None = None,
-        at: Callable[[str], None] = lambda _: None,
+        hosts: Hosts | None,
+        at: Callable[[str], None],
     ) -> None:
         self._error: EngineError | ConfigError | None = None
         self._meeting: Meeting | None = Meeting(hosts.address if hosts else None)
@@ -124,11 +124,12 @@ class RankProcesses:
         self._error = self._error or EngineError("the engine is closed")
         self._meeting = None
 
-    def _hear(self, rank: RankProcess, at: Callable[[str], None] = lambda _: None) -> Any:
+    def _hear(self, rank: RankProcess, at: Callable[[str], None] | None = None) -> Any:
         """The next message of one rank. at: is told what it is doing meanwhile."""
         while not rank.inbox:
             self._listen()
-            at(rank.doing)
+            if at:
+                at(rank.doing)
         return rank.inbox.popleft()
 
     def _listen(self) -> None:

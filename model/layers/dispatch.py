@@ -23,23 +23,23 @@ _HEAD_SIZES = (32, 64, 128)
 def kernels(x: Tensor) -> ModuleType | None:
     """The kernels, if the activations `x` are what they take: bf16 on a Hopper GPU. They have no
     derivative, so what is trained is left to the plain code."""
-    if _plain or x.requires_grad:
-        return None
-    if not x.is_cuda or x.dtype != torch.bfloat16 or not _is_hopper(x.device):
-        return None
-    return _imported()
+    return _imported() if _take(x.dtype, x.device) and not x.requires_grad else None
+
+
+def _take(dtype: torch.dtype, device: torch.device) -> bool:
+    return not _plain and dtype == torch.bfloat16 and _is_hopper(device)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    """The kernels are built on wgmma, which no other generation has."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _imported() -> ModuleType:
     from model.layers import kernels
 
     return kernels
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    """The kernels are built on wgmma, which no other generation has."""
-    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def product_kernels(x: Tensor, *widths: int) -> ModuleType | None:
@@ -54,8 +54,7 @@ def attention_kernels(q_THD: Tensor) -> ModuleType | None:
 
 def packs_states(dtype: torch.dtype, device: torch.device, head_size: int) -> bool:
     """Will kernels read and write the states of layers like these?"""
-    on_hopper = device.type == "cuda" and _is_hopper(device)
-    return not _plain and on_hopper and dtype == torch.bfloat16 and head_size in _HEAD_SIZES
+    return _take(dtype, device) and head_size in _HEAD_SIZES
 
 
 def launches_alone(hidden_TD: Tensor, head_size: int, *widths: int) -> bool:
@@ -65,9 +64,7 @@ def launches_alone(hidden_TD: Tensor, head_size: int, *widths: int) -> bool:
 
 def logits_kernels(logits_NV: Tensor) -> ModuleType | None:
     """The kernels that take logits, which are fp32 and contiguous."""
-    if _plain or not logits_NV.is_cuda or not _is_hopper(logits_NV.device):
-        return None
-    return _imported()
+    return None if _plain or not _is_hopper(logits_NV.device) else _imported()
 
 
 @contextmanager

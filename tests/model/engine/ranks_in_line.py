@@ -35,7 +35,8 @@ class RanksInLine:
     def __init__(self, config: EngineConfig, capacity: Capacity, dice: random.Random) -> None:
         self.capacity, self._dice = capacity, dice
         self._line = [
-            _Stop(Rank(config, index, config.rank_device(0))) for index in range(config.ranks)
+            _Stop(Rank(config, index, config.rank_device(0), at=lambda _: None))
+            for index in range(config.ranks)
         ]
         for stop in self._line:
             stop.rank.allocate(capacity)

@@ -15,19 +15,20 @@ def triton(monkeypatch):
     module = ModuleType("model.layers.kernels")
     monkeypatch.setitem(sys.modules, "model.layers.kernels", module)
     monkeypatch.setattr("model.layers.kernels", module, raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: device)
+    # GPU n is of generation n.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (device.index, 0))
     dispatch._is_hopper.cache_clear()
-    return module
+    yield module
+    dispatch._is_hopper.cache_clear()
 
 
-def on_gpu(*shape: int, dtype=torch.bfloat16, capability=(9, 0), requires_grad=False):
-    return SimpleNamespace(
-        is_cuda=True, dtype=dtype, shape=shape, device=capability, requires_grad=requires_grad
-    )
+def on_gpu(*shape: int, dtype=torch.bfloat16, generation=9, requires_grad=False):
+    device = torch.device("cuda", generation)
+    return SimpleNamespace(dtype=dtype, shape=shape, device=device, requires_grad=requires_grad)
 
 
 def test_a_cpu_or_fp32_or_another_generation_never_takes_a_kernel(triton):
-    assert dispatch.kernels(on_gpu(1, capability=(8, 0))) is None  # type: ignore[arg-type]
+    assert dispatch.kernels(on_gpu(1, generation=8)) is None  # type: ignore[arg-type]
     assert dispatch.kernels(torch.zeros(1, dtype=torch.bfloat16)) is None
     assert dispatch.kernels(on_gpu(1, dtype=torch.float32)) is None  # type: ignore[arg-type]
     assert dispatch.kernels(on_gpu(1)) is triton  # type: ignore[arg-type]
@@ -47,7 +48,7 @@ def test_sizes_that_no_kernel_computes_take_the_plain_code(triton):
 def test_logits_are_fp32_and_take_the_kernels_all_the_same(triton):
     assert dispatch.logits_kernels(on_gpu(1, dtype=torch.float32)) is triton  # type: ignore[arg-type]
     assert dispatch.logits_kernels(torch.zeros(1)) is None
-    assert dispatch.logits_kernels(on_gpu(1, capability=(8, 0))) is None  # type: ignore[arg-type]
+    assert dispatch.logits_kernels(on_gpu(1, generation=8)) is None  # type: ignore[arg-type]
 
 
 def test_the_plain_code_is_forced_within_its_block_only(triton):
@@ -55,3 +56,14 @@ def test_the_plain_code_is_forced_within_its_block_only(triton):
         assert dispatch.kernels(on_gpu(1)) is None  # type: ignore[arg-type]
         assert dispatch.logits_kernels(on_gpu(1)) is None  # type: ignore[arg-type]
     assert dispatch.kernels(on_gpu(1)) is triton  # type: ignore[arg-type]
+
+
+def test_states_are_packed_for_those_layers_alone_whose_attention_takes_kernels(triton):
+    hopper, other, cpu = torch.device("cuda", 9), torch.device("cuda", 8), torch.device("cpu")
+    assert dispatch.packs_states(torch.bfloat16, hopper, 128)
+    assert not dispatch.packs_states(torch.bfloat16, hopper, 80)
+    assert not dispatch.packs_states(torch.float32, hopper, 128)
+    assert not dispatch.packs_states(torch.bfloat16, other, 128)
+    assert not dispatch.packs_states(torch.bfloat16, cpu, 128)
+    with dispatch.plain_layers():
+        assert not dispatch.packs_states(torch.bfloat16, hopper, 128)
