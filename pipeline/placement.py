@@ -13,6 +13,7 @@ from typing import Literal
 import ray
 import ray.data
 from ray._private import worker as ray_worker
+from ray._private.log import PlainRayHandler
 from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
 
@@ -237,9 +238,7 @@ def _replicas_on_one_node(ranks: int, gpus: list[int]) -> int:
 
 def _quieten_ray_data() -> None:
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(
-            handler, logging.FileHandler
-        ):
+        if isinstance(handler, PlainRayHandler):  # the terminal's; others may be of the caller
             handler.setLevel(logging.CRITICAL)
     # `max_task_retries` reaches map_batches as an extra argument, which Ray 2.64 will refuse.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*deprecated")

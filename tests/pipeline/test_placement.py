@@ -1,5 +1,7 @@
 """What the cluster is asked for, and what is said when it is not there. Ray itself is not run."""
 
+import logging
+
 import pytest
 import ray
 from ray.exceptions import RayError
@@ -176,3 +178,16 @@ def test_a_machine_too_busy_for_ray_to_start_on_is_told_in_words(monkeypatch):
     words = "Ray did not start: The current node timed out during startup. On a busy machine, try"
     with pytest.raises(StoppedError, match=words), ray_session("local"):
         pass
+
+
+def test_ray_data_is_silent_on_the_terminal_and_what_others_listen_with_is_left_alone():
+    theirs = logging.getLogger("ray.data")
+    ours = logging.StreamHandler()
+    theirs.addHandler(ours)
+    try:
+        placement._quieten_ray_data()
+        levels = {type(handler).__name__: handler.level for handler in theirs.handlers}
+    finally:
+        theirs.removeHandler(ours)
+    assert levels["PlainRayHandler"] == logging.CRITICAL
+    assert levels["StreamHandler"] == logging.NOTSET
