@@ -2,6 +2,8 @@
 what is odd where it begins."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -13,7 +15,7 @@ from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.model import model_revision, open_model
 from pipeline.plan import Plan, plan_table
-from pipeline.run import has_documents, plan_or_resume
+from pipeline.run import Flow, has_documents, plan_or_resume
 from pipeline.sources import open_source
 from schemas.ledger import Unit, UnitKind
 from tests.documents import pdf, tiff
@@ -84,3 +86,22 @@ def test_files_left_out_and_files_that_are_in_the_way_of_readers_are_told_once(
     assert len(told) == 2
     assert told[0] == "not read, for their names: 1 .heic"
     assert "holds other files too, such as notes.txt" in told[1]
+
+
+def test_random_weights_are_not_taken_for_broken_when_rounding_changes_what_they_write(
+    tmp_path, checkpoint
+):
+    hardware = SimpleNamespace(device="cuda", gpu="H200")
+    place: Any = SimpleNamespace(
+        device="cpu", threads=1, chunk_tokens=256, max_sequences=None, hosts=None,
+        hardware=lambda: hardware,
+    )  # fmt: skip
+    read: Any = SimpleNamespace(kept=None)
+    book: Any = None
+
+    def canary(**keys: Any):
+        job = job_of(tmp_path, tmp_path / "out").model_copy(update=keys)
+        return Flow(job, open_model(job), read, place, book, 0).generate_settings().canary
+
+    assert canary(model=str(checkpoint)) is not None
+    assert canary(model=str(checkpoint), random_weights=True) is None
