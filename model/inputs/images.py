@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from model.inputs.blank import is_blank
 from model.inputs.tiling import Layout, Pinpoints, choose_layout, fitted_size
@@ -32,6 +32,15 @@ _SIGNATURES = (
 )
 _ORIENTATION = 0x0112  # the EXIF tag
 _SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # what turns an image with this value
 _PILLOW_LIMIT = threading.Lock()
 
 
@@ -229,10 +238,13 @@ def _check_pixels(image: Image.Image, limits: DecodeLimits) -> None:
 
 
 def _rotate(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """Not by Pillow's `exif_transpose`, which also writes the other tags anew and raises what not
+    where one of them is damaged."""
     orientation = image.getexif().get(_ORIENTATION, 1)
-    if orientation not in range(2, 9):
+    if orientation not in _UPRIGHT:
         return image, []
-    return ImageOps.exif_transpose(image), [f"turned upright from EXIF orientation {orientation}"]
+    note = f"turned upright from EXIF orientation {orientation}"
+    return image.transpose(_UPRIGHT[orientation]), [note]
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:

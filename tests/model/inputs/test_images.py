@@ -1,5 +1,6 @@
 import os
 import random
+import struct
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from model.inputs import images
 from model.inputs.images import DecodeLimits, prepare_image
@@ -253,6 +254,17 @@ def test_exif_rotation_is_off_by_default_and_noted_when_on(value):
     np.testing.assert_array_equal(turned.tiles, slow_tiles(expected))
     assert (turned.width, turned.height) == expected.size
     assert turned.note == ("" if value == 1 else f"turned upright from EXIF orientation {value}")
+
+
+@pytest.mark.parametrize("value", range(2, 9))
+def test_another_tag_that_is_damaged_does_not_keep_a_photograph_from_being_turned(value):
+    make_as_fraction = struct.pack("<HHII", 0x010F, 5, 1, 8)  # a text, by the standard
+    turn = struct.pack("<HHIHH", 0x0112, 3, 1, value, 0)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + make_as_fraction + turn + bytes(4)
+    photo = photograph("chelsea", (90, 60))
+    turned = prepare(encode(photo, "PNG", exif=exif), exif_rotate=True)
+    photo.getexif()[0x0112] = value
+    np.testing.assert_array_equal(turned.tiles, slow_tiles(ImageOps.exif_transpose(photo)))
 
 
 def test_the_inputs_need_neither_torch_nor_transformers():
