@@ -25,6 +25,7 @@ Span = tuple[int, int]  # where a value stands in the text: first character, and
 Least = Callable[[Span], float | None]  # the least probability among the tokens of a span
 
 _LONGEST_SHOWN = 60
+_END_MARK = re.compile(r"(\\.|\[\^?\]?(?:\\.|[^\]\\])*\])|\$")  # but for one escaped or in a class
 
 
 def mismatch(message: str) -> RowError:
@@ -154,7 +155,7 @@ class Text(Kind):
             self._refuse(found, where)
         if self.max_length is not None and len(found) > self.max_length:
             self._refuse(found, where)
-        if self.pattern and not re.search(self.pattern, found):
+        if self.pattern and not re.search(_to_the_end(self.pattern), found):
             self._refuse(found, where)
         try:
             found.encode()
@@ -249,6 +250,11 @@ class Fields(Kind):
             name: kind.confidence(place[name], least) if name in place else None
             for name, kind in self.fields.items()
         }
+
+
+def _to_the_end(pattern: str) -> str:
+    """For Python, whose `$` also stands before a newline at the end."""
+    return _END_MARK.sub(lambda match: match[1] or r"\Z", pattern)
 
 
 def _shown(value: Any) -> str:

@@ -274,6 +274,7 @@ def test_what_is_not_json_is_told_so(text):
         ("string", '"\\ud800"', "half of a surrogate pair"),
         ({"type": "string", "maxLength": 2}, '"abc"', "expected text of at most 2 characters"),
         ({"type": "string", "pattern": "^a"}, '"b"', "expected text matching ^a"),
+        ({"type": "string", "pattern": "^(a|b$)$"}, '"a\\n"', "expected text matching ^(a|b$)$"),
         ({"enum": [1, 2]}, "true", "x is true; expected one of 1, 2"),
         ({"enum": ["a"]}, '"\\ud800"', "expected one of"),
         ({"const": True}, "1", "x is 1; expected one of true"),
@@ -292,6 +293,13 @@ def test_a_value_that_arrow_could_not_hold_or_the_schema_forbids_is_a_mismatch(
     reason, message = rejected(field(told), f'{{"x":{value}}}')
     assert reason == Reason.SCHEMA_MISMATCH
     assert expected in message
+
+
+def test_a_dollar_that_is_a_character_of_a_pattern_is_taken_for_one():
+    price = field({"type": "string", "pattern": r"^([$€]|\$\\)[^\]$]$"})
+    assert price.parse('{"x":"$5"}') == {"x": "$5"}
+    assert price.parse(r'{"x":"$\\5"}') == {"x": "$\\5"}
+    assert "matching" in rejected(price, '{"x":"$$"}')[1]
 
 
 def test_fields_that_are_missing_or_unknown_are_named():
