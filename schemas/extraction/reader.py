@@ -33,6 +33,8 @@ _A_VALUE = (
     "a value is given by one type (object, array, string, integer, number, boolean; beside null in"
     " a list), enum, const, anyOf of a value and null, or $ref to #/$defs"
 )
+_ESCAPED = re.compile(r"\\.")
+_UNCLEAR = re.compile(r"\[\^?\]?[^\]]*?(\[|&&|--|~~)")  # in a class of characters
 _STAND_IN = Boolean()  # for what cannot be used, so that the rest is still looked at
 
 
@@ -145,6 +147,9 @@ class Reader:
 
     def _string(self, schema: Mapping[str, Any], at: str, common: dict[str, Any]) -> Kind:
         if "format" not in schema:
+            if unclear := _unclear(schema.get("pattern", "")):
+                why = f"{unclear} within [...] is not usable; escape it, or write the class out"
+                self._refuse(f"{at}/pattern", why)
             return Text(
                 min_length=int(schema.get("minLength", 0)),
                 max_length=_count(schema.get("maxLength")),
@@ -234,6 +239,13 @@ def _count(value: Any) -> int | None:
 
 def _about(schema: Mapping[str, Any]) -> str:
     return " ".join(str(schema.get("description") or schema.get("title") or "").split())
+
+
+def _unclear(pattern: str) -> str | None:
+    """What is a character of a class in JSON Schema, and more in llguidance, as in [[:alpha:]] and
+    [a-z--b]: an answer held to the one breaks the other."""
+    match = _UNCLEAR.search(_ESCAPED.sub("x", pattern))
+    return match and match[1]
 
 
 def _is_null(schema: Any) -> bool:

@@ -368,6 +368,8 @@ def test_each_value_is_found_in_a_text_with_spaces_and_escapes():
         ({"type": "string", "format": "date", "pattern": "a"}, "x/pattern: not beside format date"),
         ({"type": "string", "pattern": "("}, "#/properties/x/pattern: not valid in a JSON Schema"),
         ({"type": "string", "pattern": "^(?=a)"}, "x: no answer can be held to it: regex parse"),
+        ({"type": "string", "pattern": "^[[:alpha:]]+$"}, "x/pattern: [ within [...] is not"),
+        ({"type": "string", "pattern": r"^[\[a-z--b]+$"}, "x/pattern: -- within [...] is not"),
         ({"type": "string", "minLength": 5, "maxLength": 4}, "x: no answer can be held to it: "),
         ({"type": "integer", "minimum": 5, "maximum": 4}, "x: no answer can be held to it: "),
         ({"type": "integer", "minimum": 10**30}, "x: no answer can be held to it: "),
