@@ -49,7 +49,7 @@ def summary(result: Summary) -> None:
             "rows": _counts(result.rows),
             "reasons": _counts(result.reasons),
             "copied": f"{result.copied:,} from identical images" if result.copied else "",
-            "tokens": f"{result.prompt_tokens:,} read, {result.output_tokens:,} written",
+            "tokens": _tokens(result),
             "time": _time(result),
             "stages": _stages(result),
             "ranks": _ranks(result),
@@ -142,6 +142,11 @@ def _time(result: Summary) -> str:
 
 def _rate(rows: int, seconds: float) -> str:
     return f"{seconds:,.1f} s" + (f", {rows / seconds:,.2f} rows/s" if seconds else "")
+
+
+def _tokens(result: Summary) -> str:
+    copied = f", {result.copied_tokens:,} of both copied" if result.copied_tokens else ""
+    return f"{result.prompt_tokens:,} read, {result.output_tokens:,} written{copied}"
 
 
 def _stages(result: Summary) -> str:

@@ -49,6 +49,7 @@ class Tally:
         self._rank_seconds: tuple[float, ...] = ()  # of them, that the ranks of each place computed
         self._restarts = 0  # of replicas
         self._copied = 0  # rows, from identical images
+        self._copied_tokens = 0  # of those rows: nothing was computed for them
         self._prompt_tokens = 0
         self._output_tokens = 0
         self._tiles = 0
@@ -62,13 +63,15 @@ class Tally:
         for seconds in _known(rows["rank_seconds"]):
             both = zip_longest(self._rank_seconds, seconds, fillvalue=0.0)
             self._rank_seconds = tuple(before + more for before, more in both)
-        self._copied += sum(_known(rows["copied"]))
+        copied = rows.filter(rows["copied"])
+        self._copied += copied.num_rows
+        self._copied_tokens += _tokens(copied)
         failed = rows.filter(rows["text"].is_null())
         self._failures.update(failed["reason"].to_pylist())
         self._progress.generated(
             rows=rows.num_rows,
             failed=failed.num_rows,
-            tokens=sum(_known(rows["prompt_tokens"])) + sum(_known(rows["output_tokens"])),
+            tokens=_tokens(rows) - _tokens(copied),
         )
 
     @contextmanager
@@ -148,6 +151,7 @@ class Tally:
             rows=dict(self._rows),
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
+            copied_tokens=self._copied_tokens,
             stage_seconds=self._stage_seconds,
             hardware=self.hardware,
             tiles=self._tiles,
@@ -183,6 +187,7 @@ class Tally:
             copied=self._copied,
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
+            copied_tokens=self._copied_tokens,
             seconds=time.monotonic() - self._started,
             stage_seconds=self._stage_seconds,
             loaded_seconds=self._loaded_seconds(),
@@ -193,6 +198,11 @@ class Tally:
             failed_in_all=ledger.failed_rows() if strict else None,
             random_weights=ledger.job["job"]["random_weights"],
         )
+
+
+def _tokens(rows: pa.Table) -> int:
+    """Of prompts and answers."""
+    return sum(_known(rows["prompt_tokens"])) + sum(_known(rows["output_tokens"]))
 
 
 def _known(column: pa.ChunkedArray) -> list:

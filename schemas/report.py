@@ -21,6 +21,8 @@ class Summary:
     rank_busy: the share of that time in which each rank of a replica computed, and the most it
     could; empty where that is not known.
     restarts: how often a replica that ended was started again.
+    prompt_tokens, output_tokens: of all rows; copied_tokens: those among them of copied rows, which
+    no replica computed.
     """
 
     output: str
@@ -30,6 +32,7 @@ class Summary:
     copied: int = 0  # rows that were answered as an identical image had been
     prompt_tokens: int = 0
     output_tokens: int = 0
+    copied_tokens: int = 0
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     loaded_seconds: float = 0.0
@@ -94,7 +97,7 @@ class RunRecord:
     """_vl01/runs/<run>.json: what one run did, also one that was stopped before its end.
 
     start_seconds: until the first rows came: Ray's start, the model's loading.
-    loaded_seconds, rank_busy, restarts: as in Summary.
+    loaded_seconds, rank_busy, restarts, copied_tokens: as in Summary.
     changed: keys of the dataset's job that were others for the rows of this run, a retry.
     rows: those it did, by what came out; a retry may have left an older answer in their place. A
     run that was killed leaves no record; the commit records still tell what it committed and when.
@@ -117,6 +120,7 @@ class RunRecord:
     rank_busy: tuple[float, ...] = ()
     restarts: int = 0
     changed: dict[str, float] = field(default_factory=dict)
+    copied_tokens: int = 0
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
@@ -164,7 +168,8 @@ class RunFigures:
     """One run as the report tells it. hardware and stage_seconds: empty of a run that was killed.
 
     seconds: on the wall, loading the model included; to its last commit if it was killed.
-    failed, tiles, start_seconds, foretold, rank_busy, restarts: of runs that left a record.
+    failed, tiles, start_seconds, foretold, rank_busy, restarts, copied_tokens: of runs that left a
+    record.
     """
 
     run: str
@@ -182,6 +187,7 @@ class RunFigures:
     foretold: Foretold | None = None
     rank_busy: tuple[float, ...] = ()
     restarts: int = 0
+    copied_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -224,7 +230,8 @@ class Sampled:
 class Report:
     """_vl01/report.json. units_outdated: committed, but with files that changed since and are to be
     done again. rows_planned: of the units that could be counted before reading them.
-    rows_per_second: of all rows that runs did, also those they did again.
+    rows_per_second: of all rows that runs did, also those they did again. tokens_per_second: of
+    the tokens that were computed, so without those of copied rows.
     """
 
     output: str

@@ -101,7 +101,8 @@ def _of_bench(
 
 
 def _reported(report: dict[str, Any]) -> list[RunRecord]:
-    """The runs of a report.json. Raises ConfigError."""
+    """The runs of a report.json. Raises ConfigError. Without what they copied: another source has
+    other duplicates, if any."""
     try:
         return [
             RunRecord(
@@ -110,7 +111,7 @@ def _reported(report: dict[str, Any]) -> list[RunRecord]:
                 finished_at="",
                 seconds=run["seconds"],
                 rows={Status.OK: run["rows"] - run["failed"], Status.FAILED: run["failed"]},
-                prompt_tokens=run["prompt_tokens"],
+                prompt_tokens=run["prompt_tokens"] - run.get("copied_tokens", 0),
                 output_tokens=run["output_tokens"],
                 stage_seconds={},
                 hardware=Hardware(**run["hardware"]) if run["hardware"] else None,

@@ -76,6 +76,7 @@ def collect(ledger: Ledger, gpu_hour_price: float | None = None, seed: int = 0) 
     rows = sum(statuses.values())
     prompt_tokens = sum(run.prompt_tokens for run in runs)
     output_tokens = sum(run.output_tokens for run in runs)
+    computed = prompt_tokens + output_tokens - sum(run.copied_tokens for run in runs)
     report = Report(
         output=ledger.output,
         made_at=now(),
@@ -90,7 +91,7 @@ def collect(ledger: Ledger, gpu_hour_price: float | None = None, seed: int = 0) 
         output_tokens=output_tokens,
         seconds=seconds,
         rows_per_second=sum(run.rows for run in runs) / seconds if seconds else None,
-        tokens_per_second=(prompt_tokens + output_tokens) / seconds if seconds else None,
+        tokens_per_second=computed / seconds if seconds else None,
         stage_seconds=dict(sum((Counter(run.stage_seconds) for run in runs), Counter())),
         distributions=_distributions(values),
         throughput=timeline.throughput(runs),

@@ -88,6 +88,7 @@ def _recorded(figures: RunFigures, record: RunRecord) -> RunFigures:
         foretold=record.foretold,
         rank_busy=tuple(round(share, 4) for share in record.rank_busy),
         restarts=record.restarts,
+        copied_tokens=record.copied_tokens,
     )
     if record.what == "run":
         return figures

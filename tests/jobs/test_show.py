@@ -35,3 +35,10 @@ def test_the_time_of_loading_does_not_pass_for_the_speed_of_the_model(capsys):
     show.summary(Summary("out", 1, {"ok": 512}, seconds=83.0, loaded_seconds=34.0))
     told = "83.0 s, 6.17 rows/s; with the model loaded, 34.0 s, 15.06 rows/s"
     assert told in " ".join(capsys.readouterr().out.split())
+
+
+def test_tokens_that_no_replica_computed_are_told_apart(capsys):
+    show.summary(Summary("out", 1, {"ok": 3}, prompt_tokens=60, output_tokens=9, copied_tokens=46))
+    assert "60 read, 9 written, 46 of both copied" in capsys.readouterr().out
+    show.summary(Summary("out", 1, {"ok": 3}, prompt_tokens=60, output_tokens=9))
+    assert "60 read, 9 written\n" in capsys.readouterr().out

@@ -54,13 +54,15 @@ def test_rows_tokens_and_seconds_add_up(tally, ledger):
     bad |= {"replica_seconds": 2.0, "rank_seconds": [1.0, 1.75]}
     seconds |= {"replica_seconds": 1.0, "rank_seconds": [0.75, 1.0]}
     tally.foretold = Foretold(3, 1, 9, 90, True, rank_busy=(1.0, 0.9))
-    tally.generated(pa.Table.from_pylist([row | seconds, row | seconds, bad], schema=GENERATED))
+    first, copy = row | seconds | {"copied": False}, row | seconds | {"copied": True}
+    tally.generated(pa.Table.from_pylist([first, copy, bad], schema=GENERATED))
     tally.replicas(["a replica was started again: why"], restarts=1)
     with tally.committing():
         tally.committed([ledger.record(0), ledger.record(1)], begun=0)
     with Lease(ledger) as lease:
         summary = tally.summary(ledger, Committer(ledger, lease), strict=False)
     assert summary.restarts == 1
+    assert (summary.copied, summary.copied_tokens) == (1, 100)
     assert summary.rows == {"ok": 4, "failed": 1}
     assert summary.reasons == {"empty_source": 1}
     assert (summary.prompt_tokens, summary.output_tokens) == (40, 8)
@@ -69,3 +71,14 @@ def test_rows_tokens_and_seconds_add_up(tally, ledger):
     assert summary.loaded_seconds == 4.0
     assert summary.rank_busy == (2.5 / 4, 3.75 / 4)
     assert summary.rank_busy_at_most == (1.0, 0.9)
+
+
+def test_tokens_that_were_copied_make_no_run_look_faster(tally, ledger):
+    rows = [
+        {"finish_reason": "stop", "prompt_tokens": 90, "output_tokens": 10, "copied": copied}
+        for copied in (False, True, True)
+    ]
+    with tally.recorded(ledger, "run"):
+        tally.generated(pa.Table.from_pylist(rows, schema=GENERATED))
+    assert tally._progress.tokens == 100
+    assert ledger.run("run").copied_tokens == 200

@@ -154,7 +154,7 @@ def test_the_report_of_another_output_tells_the_speed_and_what_was_foretold(
     monkeypatch.setattr(lease, "_SETTLE_S", 0.0)
     write_images(tmp_path / "in", 8)
     ledger = run(job_of(tmp_path / "in", tmp_path / "out"))
-    write_run(ledger, ledger.record(0).run, seconds=10.0, tokens=1000)
+    write_run(ledger, ledger.record(0).run, seconds=10.0, tokens=1000, copied=36)
     write_run(ledger, "29990101T000000Z-short", seconds=10.0, tokens=10)
     report = write_report(ledger.output).report
     long, _ = report.runs
@@ -165,11 +165,12 @@ def test_the_report_of_another_output_tells_the_speed_and_what_was_foretold(
     assert '>Rank 1 busy</td><td class="n">at most 97%</td><td class="n">80%</td>' in page
     told = found(job(device="cpu"), text, bench=f"{ledger.output}/_vl01/report.json")
     assert told is not None
-    # Of the rows and tokens in the commit records: 8 rows of 10 + 2 tokens.
-    assert (told.tokens_per_second, told.output_tokens) == (8 * 12 / 10, 2)
+    # Of the rows and tokens in the commit records: 8 rows of 10 + 2 tokens, but for the copied.
+    assert (told.tokens_per_second, told.output_tokens) == (5 * 12 / 10, 2)
+    assert report.tokens_per_second == 5 * 12 / 20
 
 
-def write_run(ledger: Ledger, name: str, seconds: float, tokens: int) -> None:
+def write_run(ledger: Ledger, name: str, seconds: float, tokens: int, copied: int = 0) -> None:
     record = RunRecord(
         run=name,
         started_at="",
@@ -183,6 +184,7 @@ def write_run(ledger: Ledger, name: str, seconds: float, tokens: int) -> None:
         tiles=41,
         foretold=Foretold(8, 0, 40, 900, True, 9.0, rank_busy=(1.0, 0.97)),
         rank_busy=(0.9, 0.8),
+        copied_tokens=copied,
     )
     ledger.write_run(record)
 
