@@ -113,8 +113,8 @@ def _write_unit(ledger: Ledger, source: Source, unit: Unit, markdown: bool) -> N
     documents = list(_documents(ledger, source, unit))
     if markdown:
         for document_name, document in documents:
-            if document[Status.FAILED] < len(document["pages"]):
-                _write_markdown(ledger, document_name, document["text"])
+            some = document[Status.FAILED] < len(document["pages"])
+            _write_markdown(ledger, document_name, document["text"] if some else None)
     table = pa.Table.from_pylist([document for _, document in documents], DOCUMENTS)
     metadata = {_OF_PART: sha256, _MARKDOWN: b"1" if markdown else b"0"}
     sink = pa.BufferOutputStream()
@@ -168,12 +168,17 @@ def _metadata(ledger: Ledger, name: str) -> dict[bytes, bytes]:
         return {}
 
 
-def _write_markdown(ledger: Ledger, name: str, text: str) -> None:
+def _write_markdown(ledger: Ledger, name: str, text: str | None) -> None:
+    """Without a text no file: nor one of what the document was before it was changed."""
     folders, _, base = f"markdown/{name}".rpartition("/")
     if len(base.encode()) > _LONGEST_NAME:
         base = row_id(name)
-    make_folder(ledger.fs, _path(ledger, folders))
-    ledger.write(f"{folders}/{base}.md", text.encode())
+    file = f"{folders}/{base}.md"
+    if text is not None:
+        make_folder(ledger.fs, _path(ledger, folders))
+        ledger.write(file, text.encode())
+    elif ledger.fs.exists(_path(ledger, file)):
+        ledger.remove(file)
 
 
 def _path(ledger: Ledger, name: str) -> str:

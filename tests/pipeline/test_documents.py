@@ -148,6 +148,17 @@ def test_they_are_written_when_asked_for_and_then_kept_up_to_date(ran):
     ]
 
 
+def test_a_document_that_was_replaced_by_a_damaged_one_keeps_no_text_of_the_old(ran):
+    source, output = ran
+    write(source, output, markdown=True)
+    before = files(output)
+    (source / "sub/03.pdf").write_bytes(b"no pdf")
+    run(job_of(source, output, grow=True, settle_seconds=0))
+    write(source, output)
+    assert joined(output)[f"{source}/sub/03.pdf"]["text"] == ""
+    assert before.keys() - files(output).keys() == {"markdown/sub/03.pdf.md"}
+
+
 def test_what_was_cut_short_is_done_by_the_next_run(ran, monkeypatch):
     source, output = ran
     whole = documents._write_markdown
