@@ -148,7 +148,9 @@ def _is_document(kind: UnitKind, member: str | None, rows: list[dict[str, Any]])
     if kind is UnitKind.TAR:
         return member is not None and is_document_member(member)
     if kind is UnitKind.PARQUET:
-        return any(row["page"] is not None or row["reason"] in _UNOPENED for row in rows)
+        return member is not None and any(
+            row["page"] is not None or row["reason"] in _UNOPENED for row in rows
+        )
     return not (member and is_one_row(member))
 
 

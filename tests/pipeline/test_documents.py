@@ -207,6 +207,16 @@ def test_documents_inside_of_a_file_are_joined_by_their_member(tmp_path, kind):
     assert written == [f"{name.replace('/', '%2F')}.md" for name in (names[0], names[3])]
 
 
+def test_a_parquet_file_that_cannot_be_read_is_no_document(tmp_path):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    (source / "a.pdf").write_bytes(pdf(["one"]))
+    (source / "x.parquet").write_bytes(b"PAR1, but damaged")
+    run(job_of(source, output))
+    write(source, output, documents=True)
+    assert joined(output).keys() == {f"{source}/a.pdf"}
+
+
 def test_documents_that_a_list_leads_to_are_joined_by_their_address(ran, tmp_path):
     source, _ = ran
     path, output = source / "list.txt", tmp_path / "of_list"
