@@ -243,6 +243,17 @@ def test_a_dataset_without_rows_is_reported(tmp_path):
     assert "Not finished: 0 of" in html_of(written)
 
 
+def test_pages_are_not_set_against_the_rows_that_could_be_counted_before(tmp_path):
+    write_folder(tmp_path / "in", [("0.png", picture(0)), ("a.pdf", pdf(["one", "two", "three"]))])
+    ledger = finished(job_of(tmp_path / "in", tmp_path / "out"))
+    image, document = range(ledger.totals.units)
+    assert ledger.record(document).rows == 3
+    ledger.remove(f"commits/{image:09}.json")
+    page = html_of(write_report(ledger.output))
+    assert "in 1 of 2 units" in page
+    assert "planned" not in page
+
+
 def test_a_dataset_of_failures_only_is_reported(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(3):
