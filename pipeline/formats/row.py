@@ -20,6 +20,7 @@ TABLE_ROWS = 16
 TABLE_BYTES = 64 * 1024**2
 
 _LONGEST_MESSAGE = 500
+_GONE = "not there (any more), a link to nothing, or its name is not UTF-8"
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,7 @@ def read_file(settings: ReadSettings, name: str) -> bytes:
     except RowError:
         raise
     except FileNotFoundError as error:
-        gone = f"there when planned, now gone, or a link to nothing: {path}"
-        raise row_error(Reason.NOT_FOUND, gone) from error
+        raise row_error(Reason.NOT_FOUND, f"{_GONE}: {path}") from error
     except Exception as error:  # storage clients raise far more than OSError
         raise row_error(Reason.READ_ERROR, error) from error
 
@@ -105,7 +105,7 @@ def blame(error: Exception, file: PatientFile | None) -> RowError:
     if isinstance(error, RowError):
         return error
     if isinstance(error, FileNotFoundError):
-        return row_error(Reason.NOT_FOUND, f"there when planned, now gone: {error}")
+        return row_error(Reason.NOT_FOUND, f"{_GONE}: {error}")
     if file is None or file.failure is not None:
         return row_error(Reason.READ_ERROR, (file and file.failure) or error)
     return row_error(Reason.SOURCE_DAMAGED, error)

@@ -5,6 +5,7 @@ import os
 import pickle
 import tarfile
 import tracemalloc
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -241,6 +242,14 @@ def test_damage_in_the_middle_of_a_tar_does_not_hide_what_was_before(tmp_path):
 def test_a_file_that_is_no_tar_is_one_row(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
     assert outcomes(read(tmp_path)) == [(None, "source_damaged")]
+
+
+def test_a_file_that_cannot_be_found_by_its_name_is_not_said_to_be_gone(tmp_path):
+    for name in (b"\xe9.jpg", b"\xe9.pdf", b"\xe9.tar"):
+        Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_bytes(b"x")
+    rows = read(tmp_path)
+    assert {row["reason"] for row in rows} == {"not_found"}
+    assert all("its name is not UTF-8: " in row["message"] for row in rows)
 
 
 @pytest.mark.parametrize("members", [{}, {"a.txt": b"no image"}])
