@@ -83,7 +83,8 @@ class KeptColumns:
         }
         self._others: dict[str, None] = {}  # columns of files, in order
         if clash := [name for name in keep if name in _OWN_NAMES]:
-            raise ConfigError(f"cannot keep {', '.join(clash)}: the output uses that name itself")
+            taken = "a column of the output or of a stage has that name; expected another"
+            raise ConfigError(f"cannot keep {', '.join(clash)}: {taken}")
         if twice := sorted({name for name in keep if keep.count(name) > 1}):
             raise ConfigError(f"cannot keep {', '.join(twice)} twice")
 
