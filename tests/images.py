@@ -157,6 +157,13 @@ def orientation(value: int) -> Image.Exif:
     return exif
 
 
+def damaged_exif(value: int) -> bytes:
+    """The same orientation, beside a maker's name that is a fraction."""
+    maker = struct.pack("<HHII", 0x010F, 5, 1, 8)
+    turn = struct.pack("<HHIHH", 0x0112, 3, 1, value, 0)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + maker + turn + bytes(4)
+
+
 def bad_images() -> list[tuple[str, bytes, Reason]]:
     """Twenty kinds of bytes that are no usable image: (name, bytes, the reason each must get)."""
     photo = photograph("chelsea", (240, 160))

@@ -189,8 +189,8 @@ def _decode(
         image.load()
         source.check()
         if exif_rotate:
-            image, turned = _rotate(image)
-            notes += turned
+            image, turned = upright(image)
+            notes += [turned] if turned else []
         image, flattened = _to_rgb(image)
         notes += flattened
     except RowError:
@@ -237,14 +237,16 @@ def _check_pixels(image: Image.Image, limits: DecodeLimits) -> None:
         )
 
 
-def _rotate(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """Not by Pillow's `exif_transpose`, which also writes the other tags anew and raises what not
+def upright(image: Image.Image) -> tuple[Image.Image, str]:
+    """The image as its EXIF tag says, and what was done to it, in words; empty if nothing was.
+
+    Not by Pillow's `exif_transpose`, which also writes the other tags anew and raises what not
     where one of them is damaged."""
     orientation = image.getexif().get(_ORIENTATION, 1)
     if orientation not in _UPRIGHT:
-        return image, []
+        return image, ""
     note = f"turned upright from EXIF orientation {orientation}"
-    return image.transpose(_UPRIGHT[orientation]), [note]
+    return image.transpose(_UPRIGHT[orientation]), note
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:

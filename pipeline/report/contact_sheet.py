@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from model.inputs.images import upright
 from pipeline.ledger import Ledger
 from pipeline.plan import units_of
 from pipeline.read import ReadSettings, quickly, read_settings, read_unit
@@ -156,7 +157,7 @@ def thumbnail(data: bytes, exif_rotate: bool = False) -> str:
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
     image.draft("RGB", (THUMBNAIL * 2, THUMBNAIL * 2))  # JPEG: decodes no more than is shown
     if exif_rotate:
-        image = ImageOps.exif_transpose(image)
+        image, _ = upright(image)
     if image.mode.startswith("I;16"):
         image = image.point(lambda value: value / 256).convert("L")
     image.thumbnail((THUMBNAIL, THUMBNAIL))

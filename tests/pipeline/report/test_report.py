@@ -1,5 +1,6 @@
 """The report says what the dataset says, shows hostile texts as texts, and needs no network."""
 
+import base64
 import dataclasses
 import io
 import json
@@ -29,6 +30,7 @@ from schemas.job import Job
 from schemas.report import Hardware, RunRecord
 from schemas.rows import GENERATED
 from tests.documents import encrypted_pdf, pdf
+from tests.images import damaged_exif
 from tests.pipeline.fake_run import job_of
 from tests.sources import write_folder, write_source
 
@@ -210,6 +212,16 @@ def _thumbnail(data: bytes) -> str:
     from pipeline.report.contact_sheet import thumbnail
 
     return thumbnail(data)
+
+
+def test_a_photograph_with_a_damaged_tag_is_shown_upright(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (60, 40), "red").save(buffer, "PNG", exif=damaged_exif(6))
+    write_folder(tmp_path / "in", [("0.png", buffer.getvalue())])
+    job = job_of(tmp_path / "in", tmp_path / "out", exif_rotate=True)
+    page = html_of(write_report(finished(job).output))
+    (shown,) = re.findall(r"data:image/jpeg;base64,([\w+/=]+)", page)
+    assert Image.open(io.BytesIO(base64.b64decode(shown))).size == (40, 60)
 
 
 def test_hostile_texts_are_shown_as_texts(mixed):
