@@ -39,7 +39,7 @@ class Tiff:
                 "its pixels are 32-bit numbers without a known white; expected 8 or 16 bits"
             )
         if frame.mode.startswith("I;16"):
-            return frame.convert("I;16")
+            return frame.convert("I").convert("I;16")  # straight, Pillow clips I;16B to 8 bits
         if frame.mode in _PNG_MODES:
             return frame
         return frame.convert("RGBA" if frame.has_transparency_data else "RGB")

@@ -15,7 +15,14 @@ from pipeline.render.renderer import Renderer
 from pipeline.render.settings import PageSettings
 from schemas.errors import EngineError, Reason, RowError
 from tests.documents import encrypted_pdf, endless_pdf, pdf, tiff
-from tests.images import RELEASED_PINPOINTS, encode, odd_images, page, photograph
+from tests.images import (
+    RELEASED_PINPOINTS,
+    encode,
+    odd_images,
+    page,
+    photograph,
+    sixteen_bits,
+)
 
 MIB = 1024**2
 
@@ -168,6 +175,14 @@ def test_frames_of_every_mode_come(write, mode):
     with renderer() as r:
         r.open(write("a.tif", tiff([frame, frame])))
         assert image(r.image(2)).size == (40, 30)
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_frames_of_16_bits_keep_them_in_either_order_of_bytes(write, order):
+    grey = Image.fromarray(sixteen_bits().astype(order))
+    with renderer() as r:
+        r.open(write("a.tif", tiff([grey, grey])))
+        np.testing.assert_array_equal(np.asarray(image(r.image(2))), sixteen_bits())
 
 
 def test_frames_after_a_break_are_told_of_and_those_before_it_come(write):
