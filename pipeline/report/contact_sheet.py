@@ -159,7 +159,7 @@ def thumbnail(data: bytes, exif_rotate: bool = False) -> str:
     if exif_rotate:
         image, _ = upright(image)
     if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256).convert("L")
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     if image.mode != "RGB":
         image = image.convert("RGBA")  # palettes and masks may be transparent

@@ -224,6 +224,14 @@ def test_a_photograph_with_a_damaged_tag_is_shown_upright(tmp_path):
     assert Image.open(io.BytesIO(base64.b64decode(shown))).size == (40, 60)
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_grey_of_16_bits_is_shown_as_grey_as_it_is(mode):
+    buffer = io.BytesIO()
+    Image.new(mode, (60, 40), 40_000).save(buffer, "TIFF")
+    shown = base64.b64decode(_thumbnail(buffer.getvalue()).partition(",")[2])
+    assert Image.open(io.BytesIO(shown)).getpixel((30, 20)) == (156, 156, 156)
+
+
 def test_hostile_texts_are_shown_as_texts(mixed):
     page = html_of(write_report(dataset(mixed, HOSTILE).output))
     elements = Elements(page).found
