@@ -20,7 +20,9 @@ class Tiff:
 
     def __init__(self, path: Path, settings: PageSettings) -> None:
         self._settings = settings
-        self._image = Image.open(path, formats=("TIFF",))
+        # Given the path, Pillow maps the pixels, and scrambles a frame that lies on its side.
+        self._file = path.open("rb")
+        self._image = Image.open(self._file, formats=("TIFF",))
         self.pages = self._count()
 
     def size(self, number: int) -> tuple[int, int]:
@@ -46,6 +48,7 @@ class Tiff:
 
     def close(self) -> None:
         self._image.close()
+        self._file.close()
 
     def _count(self) -> int:
         """How many frames can be reached: each tells where the next one lies."""

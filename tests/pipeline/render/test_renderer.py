@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.render.renderer import Renderer
 from pipeline.render.settings import PageSettings
@@ -183,6 +183,18 @@ def test_frames_of_16_bits_keep_them_in_either_order_of_bytes(write, order):
     with renderer() as r:
         r.open(write("a.tif", tiff([grey, grey])))
         np.testing.assert_array_equal(np.asarray(image(r.image(2))), sixteen_bits())
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("value", range(1, 9))
+def test_frames_are_turned_as_their_tag_says(write, value, mode):
+    photo = photograph("china", (80, 60)).convert(mode)
+    photo.getexif()[0x0112] = value
+    expected = ImageOps.exif_transpose(photo).convert("RGB")
+    with renderer() as r:
+        r.open(write("a.tif", tiff([photo, photo], tiffinfo={0x0112: value})))
+        found = [image(r.image(number)).convert("RGB") for number in (1, 2)]
+    assert [(f.size, f.tobytes()) for f in found] == [(expected.size, expected.tobytes())] * 2
 
 
 def test_frames_after_a_break_are_told_of_and_those_before_it_come(write):
