@@ -144,6 +144,26 @@ def odd_images() -> list[tuple[str, bytes]]:
     ]
 
 
+def grey_tiff(bits: int, white: int, pages: int = 1) -> bytes:
+    """Of 100 x 100 pixels of 3/4 of the way to white. white: 0, or 1 for the largest number."""
+    level = round((2**bits - 1) * (0.75 if white else 0.25))
+    row = np.unpackbits(np.array([level] * 100, ">u2").view(np.uint8)).reshape(100, 16)
+    pixels = np.packbits(row[:, 16 - bits :]).tobytes() * 100 if bits < 16 else None
+    data = pixels or np.full((100, 100), level, "<u2").tobytes()
+    out, start = struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data, 8 + len(data)
+    for page in range(pages):
+        short = [(256, 100), (257, 100), (258, bits), (259, 1), (262, white), (277, 1), (278, 100)]
+        long = [(273, 8), (279, len(data))]
+        tags = [struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in short]
+        tags += [struct.pack("<HHII", tag, 4, 1, value) for tag, value in long]
+        after = start + (page + 1) * (2 + 12 * len(tags) + 4)
+        out += struct.pack("<H", len(tags)) + b"".join(
+            sorted(tags, key=lambda tag: struct.unpack_from("<H", tag))
+        )
+        out += struct.pack("<I", after if page + 1 < pages else 0)
+    return out
+
+
 def sixteen_bits() -> np.ndarray:
     """uint16 [100, 656]: the whole range from black to white."""
     return (

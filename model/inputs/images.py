@@ -30,7 +30,8 @@ _SIGNATURES = (
     ("JPEG2000", 0, (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")),
     ("BMP", 0, (b"BM",)),
 )
-_ORIENTATION = 0x0112  # the EXIF tag
+_BITS, _PHOTOMETRIC, _ORIENTATION = 0x0102, 0x0106, 0x0112  # tags of TIFF, the last of EXIF too
+_WHITE_IS_ZERO = 0
 _SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -256,13 +257,25 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
             "its pixels are 32-bit numbers without a known white; expected 8 or 16 bits"
         )
     if image.mode.startswith("I;16"):
-        high_byte = np.asarray(image) >> 8
+        high_byte = np.asarray(sixteen_bits(image)) >> 8
         return Image.fromarray(high_byte.astype(np.uint8)), ["16-bit grey reduced to 8 bits"]
     if image.has_transparency_data:
         return _flatten(image if image.mode == "RGBA" else image.convert("RGBA"))
     if image.mode in ("RGB", "L"):
         return image, []
     return image.convert("L" if image.mode == "1" else "RGB"), []
+
+
+def sixteen_bits(image: Image.Image) -> Image.Image:
+    """A grey image of mode I;16 or I;16B in I;16, from black to white: Pillow leaves numbers of 12
+    bits, and those of which 0 is white, as a TIFF has them."""
+    tags = getattr(image, "tag_v2", {})
+    grey = image.convert("I")  # straight to I;16, Pillow clips I;16B to 8 bits
+    if tags.get(_BITS) == (12,):
+        grey = grey.point(lambda value: value * 16)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = grey.point(lambda value: value * -1 + 65_535)
+    return grey.convert("I;16")
 
 
 def _flatten(image: Image.Image) -> tuple[Image.Image, list[str]]:

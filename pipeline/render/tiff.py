@@ -41,7 +41,9 @@ class Tiff:
                 "its pixels are 32-bit numbers without a known white; expected 8 or 16 bits"
             )
         if frame.mode.startswith("I;16"):
-            return frame.convert("I").convert("I;16")  # straight, Pillow clips I;16B to 8 bits
+            from model.inputs.images import sixteen_bits  # only now: numpy takes its time
+
+            return sixteen_bits(frame)
         if frame.mode in _PNG_MODES:
             return frame
         return frame.convert("RGBA" if frame.has_transparency_data else "RGB")

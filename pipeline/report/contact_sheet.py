@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from model.inputs.images import upright
+from model.inputs.images import sixteen_bits, upright
 from pipeline.ledger import Ledger
 from pipeline.plan import units_of
 from pipeline.read import ReadSettings, quickly, read_settings, read_unit
@@ -159,7 +159,7 @@ def thumbnail(data: bytes, exif_rotate: bool = False) -> str:
     if exif_rotate:
         image, _ = upright(image)
     if image.mode.startswith("I;16"):
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
+        image = sixteen_bits(image).convert("I").point(lambda value: value / 256).convert("L")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     if image.mode != "RGB":
         image = image.convert("RGBA")  # palettes and masks may be transparent

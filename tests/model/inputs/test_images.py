@@ -20,6 +20,7 @@ from tests.images import (
     damaged_exif,
     encode,
     good_images,
+    grey_tiff,
     odd_images,
     orientation,
     page,
@@ -262,6 +263,12 @@ def test_another_tag_that_is_damaged_does_not_keep_a_photograph_from_being_turne
     turned = prepare(encode(photo, "PNG", exif=damaged_exif(value)), exif_rotate=True)
     photo.getexif()[0x0112] = value
     np.testing.assert_array_equal(turned.tiles, slow_tiles(ImageOps.exif_transpose(photo)))
+
+
+@pytest.mark.parametrize(("bits", "white"), [(8, 0), (8, 1), (12, 1), (16, 0), (16, 1)])
+def test_grey_is_as_light_as_a_tiff_means_it(bits, white):
+    thumbnail = prepare(grey_tiff(bits, white)).tiles[0]
+    assert {int(level) for level in np.unique(thumbnail)} <= {191, 192}
 
 
 def test_the_inputs_need_neither_torch_nor_transformers():

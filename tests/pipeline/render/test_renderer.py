@@ -18,6 +18,7 @@ from tests.documents import encrypted_pdf, endless_pdf, pdf, tiff
 from tests.images import (
     RELEASED_PINPOINTS,
     encode,
+    grey_tiff,
     odd_images,
     page,
     photograph,
@@ -175,6 +176,15 @@ def test_frames_of_every_mode_come(write, mode):
     with renderer() as r:
         r.open(write("a.tif", tiff([frame, frame])))
         assert image(r.image(2)).size == (40, 30)
+
+
+@pytest.mark.parametrize(("bits", "white"), [(8, 0), (8, 1), (12, 1), (16, 0), (16, 1)])
+def test_frames_are_as_light_as_the_tiff_means_them(write, bits, white):
+    with renderer() as r:
+        assert r.open(write("a.tif", grey_tiff(bits, white, pages=2))).pages == 2
+        frames = [np.asarray(image(r.image(number))) for number in (1, 2)]
+    levels = {level for frame in frames for level in np.unique(frame).tolist()}
+    assert levels <= ({191, 192} if bits == 8 else set(range(191 * 256, 193 * 256)))
 
 
 @pytest.mark.parametrize("order", ["<u2", ">u2"])
