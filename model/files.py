@@ -38,6 +38,8 @@ def open_fs(address: str, endpoint_url: str | None = None) -> tuple[AbstractFile
 
     endpoint_url: an S3 server other than AWS's own; other file systems do not look at it.
     """
+    if "://" not in address:  # fsspec would take a path with :: in it for a chain of file systems
+        return LocalFileSystem(), os.path.abspath(address)
     protocol = get_protocol(address)
     # Listings are never cached: what other processes write must be seen.
     options: dict[str, Any] = {"use_listings_cache": False} if protocol in _S3 else {}
@@ -48,8 +50,8 @@ def open_fs(address: str, endpoint_url: str | None = None) -> tuple[AbstractFile
     except ImportError as error:
         extra = " (pip install 'vl01-batch[s3]')" if protocol in _S3 else ""
         raise ConfigError(f"cannot open {address}: {error}{extra}") from error
-    except ValueError as error:
-        raise ConfigError(f"cannot open {address}: {error}") from error
+    except Exception as error:  # of a chain: its archive is opened here, and may be none
+        raise ConfigError(f"cannot open {address}: {storage_error(error)}") from error
     return fs, os.path.normpath(path) if is_local(fs) else path.rstrip("/")
 
 

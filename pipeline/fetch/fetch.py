@@ -76,7 +76,8 @@ class Fetcher:
         return file
 
     def _copy(self, address: str, into: IO[bytes]) -> None:
-        if protocol_of(address) not in (None, *_STORES) or "::" in address:
+        protocol = protocol_of(address)
+        if protocol and (protocol not in _STORES or "::" in address):
             raise row_error(
                 Reason.BAD_ADDRESS,
                 f"{address} is not read; expected http(s)://, a path, or one of "

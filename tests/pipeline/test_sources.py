@@ -8,6 +8,7 @@ import fsspec
 import pytest
 
 from pipeline import sources
+from pipeline.output_folder import OutputFolder
 from pipeline.sources import SourceFile, open_source
 from schemas.errors import ConfigError
 
@@ -110,6 +111,13 @@ def test_brackets_in_a_real_name_are_not_a_glob(tmp_path):
     assert names(tmp_path / "scans [2020]/a?.jpg") == ["a?.jpg"]
 
 
+def test_colons_in_a_local_path_do_not_lead_to_another_folder(tmp_path):
+    touch(tmp_path, "a::b.jpg", "c::d/e.jpg", "x.jpg")
+    assert names(tmp_path / "a::b.jpg") == ["a::b.jpg"]
+    assert names(tmp_path / "c::d") == ["e.jpg"]
+    assert OutputFolder(f"{tmp_path}/x::y").output == f"{tmp_path}/x::y"
+
+
 def test_one_file_has_the_name_it_has_in_its_folder(tmp_path):
     touch(tmp_path, "a.jpg", "b.tar")
     assert names(tmp_path / "a.jpg") == ["a.jpg"]
@@ -142,6 +150,8 @@ def test_a_relative_folder_is_read_from_where_it_was_named(tmp_path, monkeypatch
         ("{tmp}/captions", "nothing to read in .*lists/[*].txt"),
         ("{tmp}/captions/*", "nothing to read"),
         ("nope://x/y", "Protocol not known"),
+        ("zip://x::{tmp}/nowhere.zip", "No such file"),
+        ("zip://x::{tmp}/a.jpg", "not a zip file"),
     ],
 )
 def test_a_wrong_address_is_one_clear_line(tmp_path, address, message):

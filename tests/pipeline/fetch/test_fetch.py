@@ -54,12 +54,14 @@ def test_no_more_requests_reach_a_host_at_once_than_allowed():
 
 def test_every_kind_of_address_is_read_or_told_why_not(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"local")
+    (tmp_path / "b::c.jpg").write_bytes(b"colons")
     (tmp_path / "large").write_bytes(bytes(2000))
     (tmp_path / "empty").write_bytes(b"")
     os.mkfifo(tmp_path / "pipe")
     fsspec.filesystem("memory").pipe_file("/fetch/a.jpg", b"memory")
     table = {
         f"{tmp_path}/a.jpg": b"local",
+        f"{tmp_path}/b::c.jpg": b"colons",
         f"file://{tmp_path}/a.jpg": b"local",
         "memory://fetch/a.jpg": b"memory",
         f"{tmp_path}/empty": b"",
