@@ -248,7 +248,3 @@ def _said(wrong_usage: typer.TyperException) -> str:
     parameter = getattr(wrong_usage, "param", None)
     wanted = getattr(parameter, "help", None) if message.startswith("Missing") else None
     return f"{message.rstrip('.')}: {wanted}" if wanted else message
-
-
-if __name__ == "__main__":
-    main()

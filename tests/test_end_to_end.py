@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "jobs", *map(str, arguments)]
 
 
 def caption(source: object, output: object, checkpoint: object, *flags: object) -> list[str]:

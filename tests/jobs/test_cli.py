@@ -1,8 +1,11 @@
 """The `vl01` command: help that teaches, one clear line for a mistake, the promised exit codes."""
 
+import os
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +71,16 @@ def test_help_comes_at_once_and_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert time.monotonic() - start < 10  # a second when the machine has nothing else to do
+
+
+def test_ctrl_c_while_libraries_are_imported_is_no_traceback(tmp_path):
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    begun = [sys.executable, "-m", "jobs", "--help"]
+    done = subprocess.run(begun, env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"vl01": "jobs.__main__:main"}
 
 
 def test_a_stranger_finds_the_way_from_the_top_level_help(vl01):

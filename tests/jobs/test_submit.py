@@ -198,7 +198,7 @@ def test_exit_codes_come_back_from_a_cluster_that_asks_for_a_token(cluster, tmp_
     def vl01_submit(*more: str, token: str | None = None) -> tuple[int, str]:
         (tmp_path / "job.yaml").write_text("\n".join([*keys, *more]))
         done = subprocess.run(
-            [sys.executable, "-m", "jobs.cli", "submit", "job.yaml", "--address", address],
+            [sys.executable, "-m", "jobs", "submit", "job.yaml", "--address", address],
             cwd=tmp_path,
             env=environment | ({"RAY_AUTH_TOKEN": token} if token else {}),
             capture_output=True,
