@@ -58,6 +58,7 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self._done.set()
+        self.waiting = None  # it was looked at some seconds ago
         if self._live is not None:
             self._live.stop()
         elif self.has_results():

@@ -108,6 +108,8 @@ class Tally:
 
     def waits(self, what: str | None) -> None:
         """Tells what the run waits for, until it is called again."""
+        if self._progress.waiting and not what:  # else it would seem to start Ray once more
+            self._progress.phase = "waiting for the first answers"
         self._progress.waiting = what
 
     def check_failures(self, most: float) -> None:

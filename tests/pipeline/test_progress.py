@@ -114,6 +114,15 @@ def test_what_a_run_waits_for_is_shown_before_the_first_rows_and_after_them():
     assert "waiting" not in str(shown.line())
 
 
+def test_the_last_line_does_not_say_that_the_model_is_still_loading():
+    console = plain_console()
+    with Progress(console) as shown:
+        shown.start(1, "starting Ray")
+        shown.waiting = "starting: rank 0 of 1 loading its layers, 2%"
+        shown.generated(rows=5, failed=0, tokens=10)
+    assert "loading" not in written(console).splitlines()[-1]
+
+
 def test_time_left_is_not_invented_before_a_unit_is_done():
     shown = Progress(plain_console())
     shown.start(2, "loading")

@@ -29,6 +29,17 @@ def ledger(tmp_path):
     return run(job_of(tmp_path / "source", tmp_path / "out"))
 
 
+def test_ray_does_not_seem_to_start_again_once_the_model_is_loaded():
+    progress = Progress(Console(file=io.StringIO()))
+    progress.start(1, "starting Ray, loading the model")
+    tally = Tally(progress)
+    tally.waits(None)
+    assert "starting Ray" in str(progress.line())
+    tally.waits("starting: rank 0 of 1 loading its layers, 71%")
+    tally.waits(None)
+    assert str(progress.line()).endswith("waiting for the first answers (1 unit to do)")
+
+
 def test_a_strict_job_counts_the_failures_of_earlier_runs_too(tally, ledger):
     with Lease(ledger) as lease:
         summary = tally.summary(ledger, Committer(ledger, lease), strict=True)
