@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from pipeline.progress import count
+
 if TYPE_CHECKING:
     from pipeline.status import Status
 
@@ -31,7 +33,7 @@ def show_status(status: "Status") -> None:
             "output": status.output,
             "units": f"{status.committed_units:,} of {status.planned_units:,} are done "
             f"({share:.1%})",
-            "again": f"{status.outdated_units:,} units have files that changed since"
+            "again": f"{count(status.outdated_units, 'unit')} with files that changed since"
             if status.outdated_units
             else "",
             "rows": _rows(status),
@@ -58,7 +60,7 @@ def _rows(status: "Status") -> str:
 
 
 def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    return ", ".join(f"{number:,} {name}" for name, number in counts.items())
 
 
 def _pace(status: "Status") -> str:
@@ -77,7 +79,7 @@ def _utc(status: "Status") -> str:
 def _left(status: "Status") -> str:
     if not status.pending_units:
         return "nothing: finished"
-    units = f"{status.pending_units:,} units"
+    units = count(status.pending_units, "unit")
     if (seconds := status.seconds_left) is None:
         return units
     hours, minutes = divmod(round(seconds / 60), 60)

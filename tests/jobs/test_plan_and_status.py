@@ -134,6 +134,11 @@ def test_a_pace_of_seconds_is_not_over_0_minutes(capsys):
     assert "4.50 rows/s over 2.0 seconds" in capsys.readouterr().out
 
 
+def test_one_unit_that_is_left_is_not_called_units(capsys):
+    show_status(Status("out", 1, 0, 0, 0, 0, {}, {}, None, None, None, False))
+    assert "left     1 unit\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", ["status", "verify", "report", "retry"])
 def test_a_file_is_no_dataset_and_not_a_broken_one(vl01, tmp_path, command):
     (tmp_path / "a.jpg").write_bytes(b"x")
