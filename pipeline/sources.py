@@ -31,6 +31,9 @@ _LISTS_TOO = f"; lists of addresses ({', '.join('.' + suffix for suffix in _LIST
 _LONGEST_ENDING = 8  # a file named after its date has none that says what it is
 _MAGIC = re.compile(r"[*?\[]")
 _HIDDEN = re.compile(r"(^|/)\.(?!\.?(/|$))")  # but `tar -cf shard.tar .` names its files ./a.jpg
+_UNREADABLE = (
+    ". Its files would be left out without a word: let it be read, or give a SOURCE without it"
+)
 _OUR_PART = re.compile(r"part-\d{9}\.parquet")
 
 
@@ -97,7 +100,10 @@ class Source:
                 elif unread is not None:
                     unread[ending(file.name)] += 1
         except Exception as error:  # storage clients raise far more than OSError
-            raise ConfigError(f"cannot list {self.address}: {storage_error(error)}") from error
+            advice = _UNREADABLE if isinstance(error, PermissionError) else ""
+            raise ConfigError(
+                f"cannot list {self.address}: {storage_error(error)}{advice}"
+            ) from error
 
     def _is_read(self, name: str) -> bool:
         kind = kind_of(name)

@@ -190,6 +190,15 @@ def test_a_listing_that_breaks_off_is_one_clear_line(monkeypatch, tmp_path):
         list(source.files())
 
 
+def test_a_folder_that_may_not_be_read_is_named_with_what_to_do(monkeypatch, tmp_path):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ConfigError, match=f"Permission denied: '{tmp_path}'.* SOURCE without it"):
+        open_source(str(tmp_path))
+
+
 def test_opening_a_big_folder_does_not_list_it_all(monkeypatch, tmp_path):
     def endless(*_):
         yield SourceFile("a.jpg")
