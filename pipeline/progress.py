@@ -77,9 +77,10 @@ class Progress:
         self._console.print(message, soft_wrap=True, markup=False, highlight=False)
 
     def stopping(self, seconds: float) -> None:
-        """Somebody asked the run to stop, and it finishes what it has begun. Made for a handler of
-        signals: prints nothing itself."""
-        self._stopping = f"stopping within {seconds:g} s (asked again: at once)"
+        """Somebody asked the run to stop, and it finishes what it has begun; 0: nothing, but it
+        takes Ray some seconds to end. Made for a handler of signals: prints nothing itself."""
+        within = f" within {seconds:g} s (asked again: at once)" if seconds else ""
+        self._stopping = f"stopping{within}"
 
     def generated(self, rows: int, failed: int, tokens: int) -> None:
         """Rows came back from the replicas; tokens counts prompts and answers."""

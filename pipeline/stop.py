@@ -27,8 +27,8 @@ class Stop:
     def __init__(
         self, grace_seconds: float, asked: Callable[[float], None] = lambda _: None
     ) -> None:
-        """asked: told the seconds of grace, by the handler of the first signal, when there is
-        something to finish."""
+        """asked: told the seconds of grace by the handler of the first signal; 0 when there is
+        nothing to finish."""
         self.asked: str | None = None
         self._grace_seconds = grace_seconds
         self._told = asked
@@ -96,12 +96,13 @@ class Stop:
             if self.asked:
                 raise KeyboardInterrupt
             self.asked = signal.Signals(number).name
+            self._begun = set(self._unfinished()) if self._unfinished else set()
+            grace = self._grace_seconds if self._begun else 0.0
+            self._told(grace)
             if self._unfinished is None:
                 raise _EnoughError
-            self._begun = set(self._unfinished())
-            self._deadline = time.monotonic() + self._grace_seconds
-            signal.setitimer(signal.ITIMER_REAL, max(0.001, self._grace_seconds))
-            self._told(self._grace_seconds)
+            self._deadline = time.monotonic() + grace
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, grace))
         if self._waiting:  # never in the middle of a commit
             self._check_enough()
 

@@ -70,6 +70,8 @@ def test_who_asks_a_run_to_stop_is_told_that_it_heard():
     shown.generated(rows=5, failed=0, tokens=10)
     shown.stopping(25)
     assert "stopping within 25 s (asked again: at once)  5 rows" in str(shown.line())
+    shown.stopping(0)
+    assert "]  stopping  5 rows" in str(shown.line())
 
 
 @pytest.mark.parametrize(("variable", "value"), [("FORCE_COLOR", "1"), ("TERM", "dumb")])

@@ -78,10 +78,11 @@ def test_nobody_waits_while_nothing_is_begun():
         time.sleep(60)
         yield "the model is loaded"
 
-    started = time.monotonic()
-    with Stop(grace_seconds=25) as stop:
+    started, told = time.monotonic(), []
+    with Stop(grace_seconds=25, asked=told.append) as stop:
         assert list(stop.relay(tables(), set)) == []
     assert time.monotonic() - started < 10
+    assert told == [0]
 
 
 def test_a_commit_is_not_cut_in_two_by_the_end_of_the_grace():
@@ -106,9 +107,10 @@ def test_a_second_signal_stops_at_once():
 
 
 def test_a_signal_before_the_work_began_stops_at_once_and_ours_are_put_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(StoppedError, match="stopped by SIGTERM"), Stop(grace_seconds=25):
+    before, told = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(StoppedError, match="stopped by SIGTERM"), Stop(25, told.append):
         tell()
+    assert told == [0]
     assert signal.getsignal(signal.SIGTERM) is before
 
 
