@@ -162,17 +162,18 @@ def start_engine(
     tries: GPUs that a killed replica held are free only some seconds later."""
     for _ in range(START_TRIES - 1):
         try:
-            return _checked(Engine(config, hosts and hosts(), at), canary)
+            return _checked(Engine(config, hosts and hosts(), at), canary, at)
         except (ConfigError, WrongAnswerError):
             raise
         except Exception:
             logger.exception("the engine did not start; trying again")
             time.sleep(START_WAIT_SECONDS)
-    return _checked(Engine(config, hosts and hosts(), at), canary)
+    return _checked(Engine(config, hosts and hosts(), at), canary, at)
 
 
-def _checked(engine: Engine, canary: Canary | None) -> Engine:
+def _checked(engine: Engine, canary: Canary | None, at: Callable[[str], None]) -> Engine:
     if canary:
+        at("the model is loaded, answering two images to check it")
         try:
             canary.check(engine)
         except BaseException:

@@ -61,15 +61,16 @@ class SharedBook:
     def __init__(self, pages: Any) -> None:
         self._pages = pages
         self._told = 0.0  # when it was told last how far a replica is
+        self._doing = ""  # what it did then
 
     def reference(self, kind: str, answers: Answers) -> Answers:
         return ray.get(self._pages.reference.remote(kind, answers))
 
     def starts(self, how_far: str) -> None:
         """To be said while the replica starts, as often as it likes; then that it is nothing."""
-        now = time.monotonic()
-        if not how_far or now - self._told > _SECONDS_BETWEEN_STEPS:
-            self._told = now
+        now, doing = time.monotonic(), how_far.partition(",")[0]
+        if doing != self._doing or now - self._told > _SECONDS_BETWEEN_STEPS:
+            self._told, self._doing = now, doing
             replica = ray.get_runtime_context().get_actor_id()
             self._pages.starts.remote(replica, how_far)
 

@@ -184,9 +184,10 @@ def test_an_engine_that_breaks_while_it_is_checked_is_closed_and_started_again(m
 
     monkeypatch.setattr(replica, "Engine", lambda config, *_: Closing(config))
     monkeypatch.setattr(replica, "START_WAIT_SECONDS", 0.0)
-    config, check = EngineConfig("nowhere"), cast(Canary, Check())
-    assert replica.start_engine(config, canary=check) not in closed
+    config, check, told = EngineConfig("nowhere"), cast(Canary, Check()), []
+    assert replica.start_engine(config, canary=check, at=told.append) not in closed
     assert len(closed) == 1
+    assert told == ["the model is loaded, answering two images to check it"] * 2
 
 
 def test_the_seed_of_a_row_depends_on_the_row_and_the_job_alone():
