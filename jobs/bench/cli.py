@@ -109,6 +109,24 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+def _can_be_written(path: Path | None) -> Path | None:
+    """Said before what is written there has taken minutes to measure."""
+    if path:
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", help="write the numbers here too", dir_okay=False, callback=_can_be_written
+    ),
+]
+
+
 @app.callback()
 def bench() -> None:
     """Only gathers its commands."""
@@ -135,9 +153,7 @@ def bench_slice(
     no_profile: Annotated[
         bool, typer.Option("--no-profile", help="without the time of each layer")
     ] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="write the numbers here too", dir_okay=False)
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:  # fmt: skip
     from dataclasses import replace
 
@@ -175,9 +191,7 @@ def bench_ranks(
         typer.Option(help="folder of a checkpoint; else the released sizes", file_okay=False),
     ] = None,
     chunk_tokens: Annotated[int, typer.Option(min=128, help="most tokens at a time")] = 16384,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="write the numbers here too", dir_okay=False)
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     from jobs.bench import ranks
     from jobs.bench.slice import released_model
@@ -217,11 +231,12 @@ def bench_quality(
     device: Annotated[Device, typer.Option()] = Device.AUTO,
     compare: Annotated[Compare, typer.Option(help="measure these too")] = Compare.NOTHING,
     answers: Annotated[
-        Path | None, typer.Option(help="write every answer beside its truth", dir_okay=False)
+        Path | None,
+        typer.Option(
+            help="write every answer beside its truth", dir_okay=False, callback=_can_be_written
+        ),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="write the numbers here too", dir_okay=False)
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     from jobs.bench import quality
     from model.engine.config import EngineConfig

@@ -14,6 +14,7 @@ from model.decoder import Decoder
 from model.nano.random_checkpoint import RELEASED_SIZES, write_configuration
 from model.weights.names import checkpoint_tensors
 from model.weights.random import random_decoder
+from schemas.errors import ExitCode
 
 
 def test_the_command_measures_exactly_what_was_asked_for(tmp_path, capsys):
@@ -31,6 +32,15 @@ def test_the_command_measures_exactly_what_was_asked_for(tmp_path, capsys):
     assert measured["output_tokens_per_second"] == pytest.approx(3 * 4 / measured["seconds"])
     # One pass for the prompts, one for each further token: nothing ended early, nothing late.
     assert measured["microbatches"] == 4
+
+
+@pytest.mark.parametrize("command", ["ranks", "slice", "quality --model nowhere"])
+def test_numbers_that_cannot_be_written_are_not_measured_first(command, tmp_path, capsys):
+    where = tmp_path / "nowhere" / "numbers.json"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", *command.split(), "--json", str(where)])
+    assert ended.value.code == ExitCode.USAGE
+    assert f"cannot write {where}: No such file or directory" in capsys.readouterr().err
 
 
 def test_int8_inputs_are_told_from_int8_weights_by_their_error(capsys):
