@@ -182,6 +182,11 @@ def verification(found: "Verification") -> None:
     )
     for problem in found.problems:
         error(problem)
+    if found.damaged_units:
+        error(
+            "a damaged unit is done again, once its record"
+            f" {found.output}/_vl01/commits/NUMBER.json is deleted, by the command that started it"
+        )
     if found.outdated_units:
         error(
             f"{found.outdated_units:,} units have files that changed since and are to be done "

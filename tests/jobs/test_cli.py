@@ -292,6 +292,11 @@ def dataset(**found) -> Verification:
         ),
         (dataset(outdated_units=3), ExitCode.UNACCOUNTED, "3 units have files that changed since"),
         (dataset(missing_rows=3, problems=("unit 0: cut",)), ExitCode.UNACCOUNTED, "unit 0: cut"),
+        (
+            dataset(damaged_units=1, problems=("unit 0: cut",)),
+            ExitCode.UNACCOUNTED,
+            "done again, once its record /out/_vl01/commits/NUMBER.json is deleted",
+        ),
     ],
 )
 def test_verify_does_not_call_a_damaged_dataset_whole(

@@ -51,6 +51,15 @@ def test_a_whole_dataset_is_found_whole(ledger):
     assert found.problems == ()
 
 
+@pytest.mark.parametrize("damaged", ["part-000000001.parquet", "_vl01/commits/000000001.json"])
+def test_a_damaged_unit_is_done_again_once_its_record_is_deleted(ledger, tmp_path, damaged):
+    (tmp_path / "out" / damaged).write_bytes(b"cut")
+    assert verify(ledger.output).damaged_units == 1
+    ledger.remove("commits/000000001.json")
+    run(job_of(tmp_path / "in", tmp_path / "out"))
+    assert verify(ledger.output, deep=True).ok
+
+
 def test_an_unfinished_run_says_how_many_units_are_pending(ledger):
     ledger.remove("commits/000000001.json")
     ledger.fs.rm_file(ledger.part_path(1))
