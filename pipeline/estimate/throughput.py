@@ -77,7 +77,7 @@ def _of_file(
                 f" {job.quantization}"
             )
         return _of_bench(job, text, bench, prompt, output_tokens, as_if)
-    if found := _of_runs(job, _reported(values), f"of {path}"):
+    if found := _of_runs(job, _reported(values, path), f"of {path}"):
         return found
     raise ConfigError(
         f"--bench {path} tells of no run with --pp {job.pp} and --replicas {job.replicas}; expected"
@@ -100,7 +100,7 @@ def _of_bench(
     return Throughput(whole, output_tokens, gpus, origin + _as_if_one(job) + as_if)
 
 
-def _reported(report: dict[str, Any]) -> list[RunRecord]:
+def _reported(report: dict[str, Any], path: Path) -> list[RunRecord]:
     """The runs of a report.json. Raises ConfigError. Without what they copied: another source has
     other duplicates, if any."""
     try:
@@ -120,7 +120,10 @@ def _reported(report: dict[str, Any]) -> list[RunRecord]:
             for run in report["runs"]
         ]
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"--bench: no report of this version of vl01: {error}") from error
+        raise ConfigError(
+            f"--bench {path} is no report of this version of vl01 ({error}); expected the JSON of"
+            " vl01 bench slice, or a report.json"
+        ) from error
 
 
 def _of_runs(job: Job, runs: Iterable[RunRecord], where: str) -> Throughput | None:

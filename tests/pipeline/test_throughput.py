@@ -136,7 +136,7 @@ def test_a_bench_of_something_else_is_refused(text, tmp_path, settings, says):
         ("{", "is not JSON"),
         ("[]", "holds no object"),
         ('{"workloads": [], "settings": {}}', "lacks 'width'"),
-        ("{}", "no report of this version"),
+        ("{}", r"--bench .* no report of this version.*expected the JSON of vl01 bench"),
         ('{"runs": []}', "tells of no run with --pp 1"),
     ],
 )
