@@ -180,7 +180,9 @@ def status(
 ) -> None:
     from pipeline.status import status as look
 
-    show_status.show_status(look(absolute_address(output, Path.cwd()), endpoint_url))
+    with show.busy("reading the ledger"):
+        found = look(absolute_address(output, Path.cwd()), endpoint_url)
+    show_status.show_status(found)
 
 
 @app.command(help=_VERIFY)
@@ -192,7 +194,8 @@ def verify(
 ) -> None:
     from pipeline.verify import verify as check
 
-    verification = check(absolute_address(output, Path.cwd()), endpoint_url, deep)
+    with show.busy("comparing the plan, the records and the parts"):
+        verification = check(absolute_address(output, Path.cwd()), endpoint_url, deep)
     show.verification(verification)
     raise typer.Exit(ExitCode.OK if verification.ok else ExitCode.UNACCOUNTED)
 

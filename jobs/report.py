@@ -28,6 +28,7 @@ report.json with the same numbers.
   0  the report is written
   2  OUT is not the output of a run, or cannot be written"""
 
+_WRITING = "reading rows and pictures, writing the report"
 MOST_UNITS = 10_000  # with more, a run ends without: the commit records alone take a minute
 
 Seed = Annotated[int, typer.Option(help="another seed shows other rows", min=0, metavar="INTEGER")]
@@ -47,7 +48,9 @@ def report(
     from pipeline.report import write_report
 
     output = absolute_address(output, Path.cwd())
-    show.report(write_report(output, endpoint_url, gpu_hour_price, seed))
+    with show.busy(_WRITING):
+        written = write_report(output, endpoint_url, gpu_hour_price, seed)
+    show.report(written)
 
 
 def report_after_run(job: Job, units: int) -> None:
@@ -58,6 +61,8 @@ def report_after_run(job: Job, units: int) -> None:
     try:
         from pipeline.report import write_report
 
-        show.report(write_report(job.output, job.endpoint_url))
+        with show.busy(_WRITING):
+            written = write_report(job.output, job.endpoint_url)
+        show.report(written)
     except Exception as error:  # whatever it is, the rows are committed
         show.error(f"the report was not written: {' '.join(str(error).split())}")

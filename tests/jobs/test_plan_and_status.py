@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from jobs import show
 from jobs.cli import main
 from jobs.show_status import show_status
 from model.nano.random_checkpoint import write_random_checkpoint
@@ -127,6 +129,19 @@ def test_status_says_when_rows_are_scaled_up_and_when_the_run_will_end(capsys):
     assert "10.00 rows/s over 10.0 minutes" in shown
     assert "1,000 units, about 33 min" in shown
     assert "process 42 on node-7" in shown
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "report"])
+def test_a_large_dataset_is_not_looked_at_without_a_sign_of_life(monkeypatch, command):
+    class AtWorkError(Exception):
+        """Of the sign."""
+
+    def busy(what: str) -> NoReturn:
+        raise AtWorkError(what)
+
+    monkeypatch.setattr(show, "busy", busy)
+    with pytest.raises(AtWorkError):
+        main([command, "out"])
 
 
 def test_a_pace_of_seconds_is_not_over_0_minutes(capsys):
