@@ -236,6 +236,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             raise
         show.error(str(refusal))
         code = refusal.exit_code
+    except OSError as error:  # of the machine: no room for what is shown, no working folder
+        if os.environ.get("VL01_DEBUG") == "1":
+            raise
+        show.error(f"{error} (--debug shows where)")
+        code = ExitCode.STOPPED
     sys.exit(code)
 
 

@@ -83,6 +83,15 @@ def test_ctrl_c_while_libraries_are_imported_is_no_traceback(tmp_path):
     assert project["scripts"] == {"vl01": "jobs.__main__:main"}
 
 
+def test_a_working_folder_that_is_gone_is_one_line(vl01, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, _, err = vl01("status", "out")
+    assert code == ExitCode.STOPPED
+    assert err == "vl01: [Errno 2] No such file or directory (--debug shows where)\n"
+
+
 def test_a_stranger_finds_the_way_from_the_top_level_help(vl01):
     code, out, _ = vl01("--help")
     assert code == 0
