@@ -37,10 +37,11 @@ _STATUSES = """[bold]Statuses of a row[/bold]
 
 _EXIT_CODES = """[bold]Exit codes[/bold]
   0  every row accounted for (failed rows are rows)
-  1  the run stopped; the same command resumes it
+  1  the run stopped, and the same command resumes it; or another run is
+     writing to OUT
   2  wrong usage or configuration, found before any model was loaded
   3  --strict was given and some rows failed
-  4  rows missing or twice"""
+  4  vl01 verify: rows missing or twice"""
 
 _ABOUT = f"""MiniMax-VL-01 over many images and pages: Parquet comes back.
 
