@@ -1,9 +1,11 @@
 """Fixed images whose answers must stay what they were: how a replica that computes wrong is found.
 
 A replica answers them when it starts and every hour, between the rows of the run, and compares with
-the first answers that this dataset knows of the same kind of device.
+the first answers that this dataset knows of the same kind of device. In bfloat16 the rows beside
+them round them otherwise: what is wrong among rows is asked again alone before it counts.
 """
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -16,6 +18,8 @@ from model.engine.engine import Engine
 from model.inputs.prompt import PromptTemplate
 from model.inputs.tiling import Pinpoints, choose_layout
 from schemas.requests import Request, Result, Sampling
+
+logger = logging.getLogger(__name__)
 
 HOUR = 3600.0
 
@@ -69,6 +73,7 @@ class Canary:
         self._book = book
         self._asked_at: float | None = None
         self._answers: dict[str, CanaryAnswer] = {}
+        self.doubted = False  # wrong among rows: to be checked when the engine has nothing else
 
     @property
     def due(self) -> bool:
@@ -81,21 +86,27 @@ class Canary:
         return [self._request(number) for number in range(len(_SIZES))]
 
     def check(self, engine: Engine) -> None:
-        """Asks an engine that has nothing else to do. Raises WrongAnswerError."""
+        """Asks an engine that has nothing else to do. Raises WrongAnswerError when the answers are
+        not those of the book."""
+        self.doubted = False
         for result in engine.generate(self.requests()):
-            self.take(result)
+            self._note(result)
 
     def take(self, result: Result) -> bool:
-        """Whether a result is one of ours. With the last of them comes the verdict.
-
-        Raises WrongAnswerError when the answers are not those of the book.
-        """
+        """Whether a result that came among those of rows is one of ours; it may be `doubted`."""
         if result.id not in _IDS:
             return False
+        try:
+            self._note(result)
+        except WrongAnswerError as error:
+            logger.warning("%s; it is asked once more, alone", error)
+            self.doubted = True
+        return True
+
+    def _note(self, result: Result) -> None:
         self._answers[result.id] = CanaryAnswer(result.token_ids, result.token_logprobs)
         if len(self._answers) == len(_IDS):
             self._compare([self._answers[name] for name in _IDS])
-        return True
 
     def _compare(self, answers: list[CanaryAnswer]) -> None:
         written = [asdict(answer) for answer in answers]

@@ -119,7 +119,10 @@ class Replica:
             os._exit(1)
 
     def _add_waiting(self, engine: Engine) -> None:
-        """Moves requests to the engine; waits for one when the engine has nothing to do."""
+        """Moves requests to the engine; waits for one when the engine has nothing to do. None
+        while the canary is in doubt: it is to be alone."""
+        if self._canary and self._canary.doubted:
+            return
         idle = engine.unfinished == 0
         while idle or not self._inbox.empty():
             request, answer = self._inbox.get()
@@ -134,9 +137,8 @@ class Replica:
 
     def _step(self, engine: Engine) -> float:
         """The seconds it took."""
-        if self._canary and self._canary.due:
-            for request in self._canary.requests():
-                engine.add(request)
+        if self._canary:
+            _ask(self._canary, engine)
         started = time.perf_counter()
         results = engine.step()
         seconds = time.perf_counter() - started
@@ -150,6 +152,15 @@ class Replica:
             if not (self._canary and self._canary.take(result)):
                 self._waiting.pop(result.id).set_result(result)
         return seconds
+
+
+def _ask(canary: Canary, engine: Engine) -> None:
+    if canary.doubted:
+        if not engine.unfinished:
+            canary.check(engine)
+    elif canary.due:
+        for request in canary.requests():
+            engine.add(request)
 
 
 def start_engine(

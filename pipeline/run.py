@@ -263,11 +263,12 @@ class Flow:
     def canary_settings(self, engine: EngineConfig) -> CanarySettings:
         config, hardware = self.model.config, self.place.hardware()
         dtype = str(engine.torch_dtype).removeprefix("torch.")
+        ranks = f"pp {engine.ranks}" if engine.ranks > 1 else ""  # they share prompts out otherwise
         return CanarySettings(
             template=self.model.template,
             pinpoints=config.pinpoints,
             tile=config.vision.image_size,
             patch=config.vision.patch_size,
             dtype=dtype,
-            kind=" ".join(filter(None, (hardware.device, hardware.gpu, dtype))),
+            kind=" ".join(filter(None, (hardware.device, hardware.gpu, dtype, ranks))),
         )

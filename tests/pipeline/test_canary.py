@@ -1,6 +1,7 @@
 """A replica that computes wrong is found, and one that only rounds otherwise is left in peace."""
 
 import hashlib
+import time
 from dataclasses import replace
 
 import pytest
@@ -48,8 +49,7 @@ def engine(checkpoint):
 
 
 def answer(engine: Engine, canary: Canary) -> None:
-    results = list(engine.generate(canary.requests()))
-    assert [canary.take(result) for result in results] == [True] * len(results)
+    canary.check(engine)
 
 
 def test_the_first_replica_of_a_dataset_writes_the_book(engine, settings):
@@ -88,6 +88,50 @@ def test_canaries_of_another_kind_of_device_are_not_compared(engine, settings):
     answer(engine, Canary(replace(settings, kind="cuda H100 bfloat16"), book))
     with pytest.raises(WrongAnswerError):
         answer(engine, Canary(settings, book))
+
+
+class Rounded(Canary):
+    """Told other log-probabilities when it is asked among rows, as it is when it is `wanted`."""
+
+    wanted, alone = False, 0
+
+    @property
+    def due(self):
+        return self.wanted
+
+    def requests(self):
+        self.wanted = False
+        return super().requests()
+
+    def take(self, result):
+        shifted = tuple(value - 1 for value in result.token_logprobs)
+        return super().take(replace(result, token_logprobs=shifted))
+
+    def check(self, engine):
+        assert engine.unfinished == 0
+        super().check(engine)
+        self.alone += 1
+
+
+def test_a_replica_that_rounds_otherwise_among_other_rows_is_not_taken_for_a_broken_one(
+    checkpoint, settings
+):
+    """It is asked again when the rows that it has begun are done, and goes on with the others."""
+    ends: list[str] = []
+    watched = Rounded(settings, Notes())
+    replica = Replica(EngineConfig(checkpoint, device="cpu"), watched, ends=ends.append)
+    (request, _) = Canary(settings, Notes()).requests()
+    for times in (2, 3):
+        rows = [replace(request, id=f"row-{times}-{n}") for n in range(8)]
+        answers = [replica.submit(row) for row in rows[:1]]
+        watched.wanted = True
+        answers += [replica.submit(row) for row in rows[1:]]
+        assert [answer.result(timeout=60).id for answer in answers] == [row.id for row in rows]
+        deadline = time.monotonic() + 60
+        while watched.alone < times and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert watched.alone == times  # once at the start
+    assert ends == []
 
 
 def test_an_answer_to_a_row_is_no_canary(engine, settings):
