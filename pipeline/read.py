@@ -92,7 +92,7 @@ def _wanted_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
             yield row
             none = False
     if none:
-        error = row_error(Reason.EMPTY_SOURCE, "no row that is to be done again is in it any more")
+        error = row_error(Reason.EMPTY_SOURCE, "the row that was asked for is not in it any more")
         yield Row(*unit.items[0], error=error)
 
 

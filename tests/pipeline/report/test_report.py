@@ -127,6 +127,14 @@ def test_pages_of_documents_are_shown_and_why_others_are_not(tmp_path):
     assert "more than 3 pages" in html
 
 
+def test_a_document_that_was_mended_since_is_not_said_to_be_done_again(tmp_path):
+    write_folder(tmp_path / "in", [("a.pdf", encrypted_pdf())])
+    ledger = finished(job_of(tmp_path / "in", tmp_path / "out"))
+    write_folder(tmp_path / "in", [("a.pdf", pdf(["one"]))])
+    html = html_of(write_report(ledger.output))
+    assert "No picture: the row that was asked for is not in it any more" in html
+
+
 def html_of(written: Written) -> str:
     return Path(written.html).read_text("utf-8")
 
