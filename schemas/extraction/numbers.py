@@ -14,7 +14,7 @@ DIGITS = 15  # before the point: a double holds that many exactly
 MOST_DECIMALS = 9  # that multipleOf may ask for
 WRITTEN_DECIMALS = 6  # for a number without multipleOf
 
-_INT64 = 2**63
+INT64 = 2**63
 _WRITTEN_INTEGER = 10**18 - 1
 _WRITTEN = 10**DIGITS - 1
 _EXACT = Context(prec=DIGITS + MOST_DECIMALS)
@@ -66,7 +66,7 @@ class Integer(_Numeric):
 
     def _value(self, found: Any, where: str) -> int:
         number = self._number(found, where)
-        if not -_INT64 <= number < _INT64:  # asked first: int(Decimal("1e999999999")) takes hours
+        if not -INT64 <= number < INT64:  # asked first: int(Decimal("1e999999999")) takes hours
             self._refuse(found, where, "an integer of 64 bits")
         return int(number) if number == int(number) else self._refuse(found, where)
 

@@ -11,7 +11,7 @@ from llguidance import LLMatcher
 from schemas.errors import ConfigError
 from schemas.extraction.dates import Date, Moment
 from schemas.extraction.kinds import Boolean, Choice, Fields, Items, Kind, Text
-from schemas.extraction.numbers import MOST_DECIMALS, Fixed, Integer, Number
+from schemas.extraction.numbers import INT64, MOST_DECIMALS, Fixed, Integer, Number
 
 MOST_KINDS = 1000  # in one schema, with every $ref written out
 _ANNOTATIONS = {
@@ -185,6 +185,9 @@ class Reader:
         if len(types) != 1 or None in types:
             why = "expected strings, integers or booleans, all of one type, and null if need be"
             return self._refuse(f"{at}/{keyword}", why)
+        large = [n for n in choices if isinstance(n, int) and not -INT64 <= n < INT64]
+        if large:
+            return self._refuse(f"{at}/{keyword}", f"{large[0]} is no integer of 64 bits")
         told = schema.get("type", [*types, "null"])
         told = told if isinstance(told, list) else [told]
         if not types <= set(told):

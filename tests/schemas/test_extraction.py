@@ -379,6 +379,7 @@ def test_each_value_is_found_in_a_text_with_spaces_and_escapes():
         ({"enum": [1, "a"]}, "#/properties/x/enum: expected strings, integers or booleans"),
         ({"enum": [1.5]}, "#/properties/x/enum: "),
         ({"enum": [None]}, "#/properties/x/enum: "),
+        ({"enum": [1, 2**63]}, "x/enum: 9223372036854775808 is no integer of 64 bits"),
         ({"enum": ["a"], "type": "integer"}, "#/properties/x/type: the values of enum are of type"),
         ({"type": "array"}, "#/properties/x/items: expected the schema of the items"),
         ({"type": "array", "items": {"not": {}}}, "#/properties/x/items/not: "),
