@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ RENDER_CPUS = 1.0  # rendering computes
 FOR_ONE_NODE_SECONDS = 120.0
 CALLS_PER_SEQUENCES = 4  # smaller batches are committed sooner, larger ones cost Ray less
 
+_KNOCK_SECONDS = 10.0  # for an answer of a cluster
 _GPU_KIND = "accelerator_type:"  # how Ray names what kind of GPU a node has
 
 
@@ -78,6 +80,7 @@ def ray_session(address: str) -> Iterator[None]:
     started = not ray.is_initialized()
     if started:
         try:
+            _knock(address)
             _start_ray(address)
         except (ConnectionError, ValueError) as error:  # nobody there; no address at all
             raise ConfigError(
@@ -113,6 +116,17 @@ def plain_error(error: RayError) -> VL01Error:
         f"a worker failed: {kind}: {message} (--debug shows where). What is committed stays; "
         "the same command goes on from here."
     )
+
+
+def _knock(address: str) -> None:
+    """Raises ConnectionError where nobody listens, for which Ray would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(str(error)) from error
 
 
 def _start_ray(address: str) -> None:

@@ -1,6 +1,8 @@
 """What the cluster is asked for, and what is said when it is not there. Ray itself is not run."""
 
 import logging
+import socket
+import time
 
 import pytest
 import ray
@@ -191,3 +193,14 @@ def test_ray_data_is_silent_on_the_terminal_and_what_others_listen_with_is_left_
         theirs.removeHandler(ours)
     assert levels["PlainRayHandler"] == logging.CRITICAL
     assert levels["StreamHandler"] == logging.NOTSET
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_at_which_nobody_listens_is_refused_at_once(scheme):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
+    started = time.monotonic()
+    says = f"no Ray cluster answers at '{address}'.*refused"
+    with pytest.raises(ConfigError, match=says), ray_session(address):
+        pass
+    assert time.monotonic() - started < 10
