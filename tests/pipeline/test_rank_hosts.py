@@ -99,15 +99,17 @@ def hold_a_gpu() -> Any:
 
 
 def told(monkeypatch, then: Callable[[], object]) -> list[str]:
-    """What a run says that it waits for. `then`: is done when it has said something."""
+    """What a run says when it waits, but for how far the model is loaded. `then`: is done when it
+    has said something."""
     monkeypatch.setattr(pipeline.run, "place", place_without_gpus)
     monkeypatch.setattr(gpus, "LOOK_SECONDS", 0.5)
     said: list[str] = []
 
     def hear(_: Tally, what: str | None) -> None:
-        if what and not said:
-            then()
-        said.extend([what] if what else [])
+        if what and not what.startswith("starting: "):
+            if not said:
+                then()
+            said.append(what)
 
     monkeypatch.setattr(Tally, "waits", hear)
     return said
