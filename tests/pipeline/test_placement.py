@@ -1,8 +1,11 @@
 """What the cluster is asked for, and what is said when it is not there. Ray itself is not run."""
 
+import heapq
 import logging
+import random
 import socket
 import time
+from collections import Counter, deque
 
 import pytest
 import ray
@@ -13,6 +16,8 @@ from pipeline.placement import place, plain_error, ray_session
 from pipeline.rank_hosts import RankHosts
 from schemas.errors import ConfigError, EngineError, ExitCode, StoppedError
 from schemas.job import Job
+
+CPU = {"device": "cpu"}
 
 
 def job(**keys) -> Job:
@@ -134,6 +139,47 @@ def test_a_replica_holds_several_times_the_rows_it_computes_at_once(cluster):
     for sequences in (1, 3, 16, 100):
         placed = place(job(max_sequences=sequences))
         assert placed.batch_rows * placed.calls >= placement.HELD_PER_SEQUENCE * sequences
+
+
+@pytest.mark.parametrize(
+    ("sequences", "keys"), [(128, {}), (350, {}), (350, {"max_sequences": 350}), (16, CPU)]
+)
+def test_a_few_long_answers_do_not_leave_a_replica_half_empty(cluster, sequences, keys):
+    """A batch comes back when its longest answer is done, and the next is given then."""
+    cluster({"CPU": 8, "GPU": 1})
+    placed = place(job(**keys))
+    dice = random.Random(0)
+    answers = [dice.lognormvariate(6, 0.8) for _ in range(100 * sequences)]  # tokens, as of pages
+    assert share_at_work(answers, sequences, placed.batch_rows, placed.calls) > 0.95
+
+
+def share_at_work(answers: list[float], sequences: int, batch_rows: int, calls: int) -> float:
+    """Of the sequences that fit, while there are batches to give. Answers are written side by side,
+    a token at a time."""
+    batches = deque(range(0, len(answers), batch_rows))
+    held: deque[int] = deque()
+    left: Counter[int] = Counter()
+    working: list[tuple[float, int]] = []
+    now = busy = 0.0
+
+    def give() -> None:
+        first = batches.popleft()
+        rows = range(first, min(first + batch_rows, len(answers)))
+        held.extend(rows)
+        left[first] = len(rows)
+
+    for _ in range(calls):
+        give()
+    while batches:
+        while held and len(working) < sequences:
+            row = held.popleft()
+            heapq.heappush(working, (now + answers[row], row))
+        ends, row = heapq.heappop(working)
+        busy, now = busy + (len(working) + 1) * (ends - now), ends
+        left[first := row - row % batch_rows] -= 1
+        if not left[first]:
+            give()
+    return busy / now / sequences
 
 
 NESTED = """ray::MapBatches(Generate)() (pid=1, ip=127.0.0.1)
