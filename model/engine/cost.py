@@ -4,10 +4,11 @@ T tokens through W weights take hypot(2 T W / rates.flops, bytes of W / rates.by
 are bound by arithmetic, few by memory, and where both are alike they add up like the sides of a
 right angle. (The experts of a layer take 2.7 ms at 1,024 tokens on an H100; 1.4 and 2.1 make 2.5.)
 
-The rates are such that the real scheduler, simulated with these costs, comes within 2% of the
-seconds of all three workloads in README, "Measured" (8 layers, int8, one H100): 78% of that card's
-bf16 product, 86% of its copy. How fast vision is was not measured alone; the same rates are assumed
-(512 photographs with it took 33.9 s, where 30.2 are reckoned).
+The rates are such that the real scheduler, simulated with these costs, comes within 2.5% of the
+seconds of all three workloads in README, "Measured" (8 layers, int8, one H100): 77% of that card's
+bf16 product, 90% of its copy. How fast vision is was not measured alone; the same rates are assumed.
+With it, and through minutes at full power, 96 pages took 19.3 s where 18.3 are reckoned, and 768
+photographs, 384 at once, 44.8 s where 37.0 are.
 """
 
 from collections import Counter
@@ -31,8 +32,8 @@ _LOGITS_PASSES = 6  # fp32 logits are written, and read and written again until 
 class Rates:
     """flops: of products, a second. bytes: read or written, a second."""
 
-    flops: float = 6.05e14
-    bytes: float = 2.60e12
+    flops: float = 6.00e14
+    bytes: float = 2.70e12
 
 
 @dataclass(frozen=True)
