@@ -6,9 +6,9 @@ right angle. (The experts of a layer take 2.7 ms at 1,024 tokens on an H100; 1.4
 
 The rates are such that the real scheduler, simulated with these costs, comes within 2.5% of the
 seconds of all three workloads in README, "Measured" (8 layers, int8, one H100): 77% of that card's
-bf16 product, 90% of its copy. How fast vision is was not measured alone; the same rates are assumed.
-With it, and through minutes at full power, 96 pages took 19.3 s where 18.3 are reckoned, and 768
-photographs, 384 at once, 44.8 s where 37.0 are.
+bf16 product, 90% of its copy. How fast vision is was not measured alone; the same rates are
+assumed. With it, and at full power for longer, 96 pages took 19.3 s where 18.3 are reckoned, and
+768 photographs, 384 at once, 44.8 s where 37.0 are.
 """
 
 from collections import Counter

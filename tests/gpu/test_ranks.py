@@ -2,6 +2,7 @@
 
 The first thing to run where there are several. CPU twins, which say more, are in
 tests/model/engine: here it is NCCL that waits, streams that are ahead, and graphs on every rank.
+On one GPU the ranks share it, and all but NCCL is tested.
 """
 
 import os
@@ -17,6 +18,7 @@ import torch
 from model.config import load_config
 from model.engine.config import EngineConfig
 from model.engine.engine import Engine
+from model.engine.rank_host import Hosts, ThisHost
 from model.nano.random_checkpoint import write_random_checkpoint
 from schemas.errors import EngineError
 from schemas.requests import Request
@@ -24,15 +26,19 @@ from tests.model.engine.conftest import make_request, text_request, token_ids, t
 from tests.model.engine.test_rank_processes import gone
 
 GPUS = torch.cuda.device_count()
-RANKS = min(4, GPUS)
+RANKS = min(4, GPUS) if GPUS > 1 else 4
 SETTINGS: Any = {"device": "cuda", "dtype": "bfloat16", "chunk_tokens": 256, "cache_bytes": 2**28}
 SECONDS_TO_DIE = 15  # of processes that hold memory of GPUs
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="needs a CUDA device")]
 __all__ = ["trouble"]  # a fixture
+
+
+@pytest.fixture(autouse=True)
+def linked_through_host_where_ranks_share_a_gpu(monkeypatch, trouble) -> None:
+    if GPUS == 1:
+        monkeypatch.setenv("THROUGH_HOST", "1")
+        trouble()  # none, but by the worker that reads this
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +56,13 @@ def requests(checkpoint) -> list[Request]:
 
 
 def _engine(checkpoint: Path, **settings: Any) -> Engine:
-    return Engine(EngineConfig(str(checkpoint), ranks=RANKS, **SETTINGS, **settings))
+    config = EngineConfig(str(checkpoint), ranks=RANKS, **SETTINGS, **settings)
+    shared = Hosts("127.0.0.1", [ThisHost(gpu=0)] * RANKS)
+    return Engine(config, shared if GPUS == 1 else None)
 
 
 def _free_bytes() -> list[int]:
-    return [torch.cuda.mem_get_info(gpu)[0] for gpu in range(RANKS)]
+    return [torch.cuda.mem_get_info(gpu)[0] for gpu in range(min(RANKS, GPUS))]
 
 
 def test_every_rank_decodes_by_graphs_and_the_same_requests_get_the_same_tokens(

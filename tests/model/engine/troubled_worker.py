@@ -6,6 +6,8 @@ rank has started over so many times, the nth such call of the method with a micr
 memory: torch.OutOfMemoryError, after the rank's memory is changed, before anything is received;
 stuck: it never returns, as with a kernel that does not end; slow: it takes SLOW_SECONDS;
 lost: it does not happen, as if what was sent never arrived.
+
+With THROUGH_HOST in its environment the rank may share its GPU with others.
 """
 
 import json
@@ -21,6 +23,7 @@ from model.engine import rank_worker
 from model.engine.rank import Rank
 from model.engine.rank_loop import RankLoop
 from model.engine.transport import Transport
+from tests.model.engine.through_host import link_through_host
 
 NAME = "tests.model.engine.troubled_worker"
 SLOW_SECONDS = 15
@@ -115,5 +118,7 @@ def _tokens(method: str, arguments: tuple[Any, ...]) -> int:
 
 
 if __name__ == "__main__":
+    if "THROUGH_HOST" in os.environ:
+        link_through_host()
     Troubles(json.loads(os.environ["TROUBLES"]))
     rank_worker.main()
