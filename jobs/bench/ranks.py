@@ -1,12 +1,12 @@
 """How a model's layers are split over ranks, and how busy each would be. Asks no GPU."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from jobs.bench.simulation import STREAMS, Simulated, simulate, stream
+from jobs.bench.simulation import STREAMS, Simulated, mean_tokens, simulate, stream
 from model.config import VL01Config
 from model.engine.config import EngineConfig
 from model.engine.memory import Capacity
@@ -14,14 +14,15 @@ from pipeline.estimate.gpus import capacity_estimate, rank_estimates
 from schemas.estimate import RankEstimate
 
 _GIB = 1024**3
+_FILLS = 5  # times that a stream fills the memory: less and its middle is not like a long run
 
 
 @dataclass(frozen=True)
 class Foreseen:
-    """simulated: by the name of the stream of requests."""
+    """capacity, simulated: by the name of the stream of requests."""
 
     ranks: tuple[RankEstimate, ...]
-    capacity: Capacity
+    capacity: dict[str, Capacity]
     simulated: dict[str, Simulated]
 
     def as_json(self) -> dict[str, Any]:
@@ -31,10 +32,19 @@ class Foreseen:
 def foresee(model: VL01Config, engine: EngineConfig, gpu_bytes: int) -> Foreseen:
     """Raises ConfigError: more ranks than layers, GPUs that are too small."""
     ranks = rank_estimates(model, engine)
-    capacity = capacity_estimate(model, engine, gpu_bytes)
+    capacity = {
+        name: capacity_estimate(
+            model, replace(engine, tokens_per_sequence=mean_tokens(name)), gpu_bytes
+        )
+        for name in STREAMS
+    }
     simulated = {
         name: simulate(
-            model, engine.ranks, capacity, stream(name), chunk_tokens=engine.chunk_tokens
+            model,
+            engine.ranks,
+            capacity[name],
+            stream(name, at_least=_FILLS * capacity[name].slots),
+            chunk_tokens=engine.chunk_tokens,
         )
         for name in STREAMS
     }
@@ -53,11 +63,13 @@ def show(foreseen: Foreseen) -> None:
             f"{rank.busy:.0%}",
             *(f"{each.steady[index]:.0%}" for each in streams.values()),
         )
-    rates = (f"{each.requests / each.seconds:,.2f}/s" for each in streams.values())
+    rates = (f"{each.rate:,.2f}/s" for each in streams.values())
     table.add_row("all", "", "", "", *rates)
+    at_once = (f"{each.slots:,}" for each in foreseen.capacity.values())
+    table.add_row("", "", "", "at once", *at_once)
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"{foreseen.capacity.slots:,} sequences at once. The last {len(streams)} columns are "
-        "simulated, at the speed of the README's table for one H100; only a run measures."
+        f"The last {len(streams)} columns are simulated, at the speed of the README's table for "
+        "one H100; only a run measures."
     )

@@ -7,6 +7,7 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from model.config import VL01Config
 from model.engine.cost import Cost, Work
@@ -40,13 +41,15 @@ class Delays:
 @dataclass(frozen=True)
 class Simulated:
     """seconds: from the first request in to the last answer out. busy: the share of them in which
-    each rank computes. steady: the same from when all ranks have work until no request waits."""
+    each rank computes. steady: the same from when all ranks have work until no request waits.
+    rate: answers a second, of the middle third of them: what a long run makes."""
 
     requests: int
     seconds: float
     microbatches: int
     busy: tuple[float, ...]
     steady: tuple[float, ...]
+    rate: float
 
 
 # How many requests, all together more than fit in memory, and of which kinds in turn.
@@ -57,10 +60,17 @@ STREAMS = {
 }
 
 
-def stream(name: str, *, vary: float = 0.7, seed: int = 0) -> list[Asked]:
-    """vary: how much longer or shorter than said an answer may be, as a share of it."""
+def mean_tokens(name: str) -> int:
+    """Of a request of the stream, answer included."""
+    _, kinds = STREAMS[name]
+    return round(mean(one.prompt + one.new for one in kinds))
+
+
+def stream(name: str, *, vary: float = 0.7, seed: int = 0, at_least: int = 0) -> list[Asked]:
+    """vary: how much longer or shorter than said an answer may be, as a share of it. at_least:
+    requests."""
     rng, (requests, kinds) = random.Random(seed), STREAMS[name]
-    asked = [kinds[i % len(kinds)] for i in range(requests)]
+    asked = [kinds[i % len(kinds)] for i in range(max(requests, at_least))]
     return [
         Asked(one.prompt, max(1, round(one.new * rng.uniform(1 - vary, 1 + vary))), one.tiles)
         for one in asked
@@ -83,6 +93,7 @@ def simulate(
     line = _Ranks(Cost(model), layer_spans(model, ranks), delays)
     waiting, left, tiles = deque(requests), {}, {}
     in_flight: deque[tuple[Plan, float]] = deque()  # with the time when its tokens are back
+    answered: list[float] = []  # when
     now, no_more_wait = 0.0, None
     while waiting or scheduler.unfinished:
         while waiting and scheduler.unfinished < 2 * capacity.slots:
@@ -104,7 +115,8 @@ def simulate(
                 if not left[key]:
                     del left[key]
                     scheduler.finish(key)
-    return line.told(len(requests), now, no_more_wait or now)
+                    answered.append(now)
+    return line.told(answered, no_more_wait or now)
 
 
 class _Ranks:
@@ -124,15 +136,21 @@ class _Ranks:
             now = ended + delays.hop + delays.hop_token * work.tokens
         return ended + delays.back
 
-    def told(self, requests: int, seconds: float, no_more_wait: float) -> Simulated:
-        all_have_work, _ = self._computed[-1][0]
+    def told(self, answered: list[float], no_more_wait: float) -> Simulated:
+        (all_have_work, _), seconds = self._computed[-1][0], answered[-1]
         return Simulated(
-            requests,
+            len(answered),
             seconds,
             len(self._computed[0]),
             tuple(_share(computed, 0.0, seconds) for computed in self._computed),
             tuple(_share(computed, all_have_work, no_more_wait) for computed in self._computed),
+            _middle_rate(answered),
         )
+
+
+def _middle_rate(answered: list[float]) -> float:
+    first, last = len(answered) // 3, len(answered) * 2 // 3
+    return (last - first) / max(1e-9, answered[last] - answered[first])
 
 
 def _share(computed: list[tuple[float, float]], start: float, end: float) -> float:

@@ -57,6 +57,17 @@ def test_a_simulation_adds_up(released):
     assert sum(told.busy) * told.seconds == pytest.approx(told.seconds, abs=0.005)
 
 
+def test_the_rate_of_a_long_run_leaves_out_how_it_begins_and_ends(released):
+    engine = EngineConfig("", ranks=4, device="cuda")
+    capacity = capacity_estimate(released, engine, 139 * GIB)
+    short, long = (
+        simulate(released, 4, capacity, stream("coco640x480", at_least=fills * capacity.slots))
+        for fills in (5, 10)
+    )
+    assert short.rate == pytest.approx(long.rate, rel=0.03)
+    assert short.requests / short.seconds < 0.96 * short.rate
+
+
 def test_the_command_shows_the_split_and_calls_the_rest_simulated(capsys, tmp_path):
     numbers = tmp_path / "numbers.json"
     with pytest.raises(SystemExit) as ended:
