@@ -18,7 +18,7 @@ from ray._private.log import PlainRayHandler
 from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
 
-from model.engine.config import MOST_SEQUENCES
+from model.engine.config import MOST_SEQUENCES, usual_chunk_tokens
 from model.engine.rank_host import GIVE_MEMORY_BACK
 from pipeline.rank_hosts import RankHosts
 from schemas.errors import CheckpointError, ConfigError, EngineError, StoppedError, VL01Error
@@ -193,7 +193,7 @@ def place(job: Job, renders: bool = False) -> Placement:
         read_cpus=_read_cpus(sum(cores) - prepare_workers * prepare_cpus, renders),
         threads=None if on_gpu else _threads(cores, replicas, job.pp),
         max_sequences=max_sequences,
-        chunk_tokens=job.chunk_tokens or (16384 if on_gpu else 2048),
+        chunk_tokens=job.chunk_tokens or usual_chunk_tokens(on_gpu=on_gpu, ranks=job.pp),
         batch_rows=batch_rows,
         calls=-(-HELD_PER_SEQUENCE * sequences // batch_rows),
     )

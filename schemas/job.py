@@ -141,7 +141,9 @@ class Job(BaseModel):
         None, description="sequences in flight; default: as many as fit on a GPU, 16 on CPU"
     )
     chunk_tokens: Positive | None = Field(
-        None, description="tokens computed together; default: 16384 on a GPU, 2048 on CPU"
+        None,
+        description="tokens computed together; default: 16384 on a GPU, 8192 on each of several, "
+        "2048 on CPU",
     )
     cache_gib: float | None = Field(
         None, gt=0, description="memory for states and K/V per rank; default: what is free on a GPU"

@@ -190,15 +190,18 @@ def bench_ranks(
         Path | None,
         typer.Option(help="folder of a checkpoint; else the released sizes", file_okay=False),
     ] = None,
-    chunk_tokens: Annotated[int, typer.Option(min=128, help="most tokens at a time")] = 16384,
+    chunk_tokens: Annotated[
+        int | None, typer.Option(min=128, help="most tokens at a time; default: as in a run")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     from jobs.bench import ranks
     from jobs.bench.slice import released_model
     from model.config import load_config
-    from model.engine.config import EngineConfig
+    from model.engine.config import EngineConfig, usual_chunk_tokens
 
     config = load_config(model) if model else released_model()
+    chunk_tokens = chunk_tokens or usual_chunk_tokens(on_gpu=True, ranks=pp)
     engine = EngineConfig("", ranks=pp, device="cuda", chunk_tokens=chunk_tokens)
     foreseen = ranks.foresee(config, engine, int(gpu_memory_gib * 1024**3))
     ranks.show(foreseen)

@@ -15,6 +15,20 @@ MOST_SEQUENCES = 384  # in memory at once, unless asked otherwise
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def usual_chunk_tokens(*, on_gpu: bool, ranks: int) -> int:
+    """Of a microbatch, unless asked otherwise.
+
+    On an H100 the experts take 1.33 us a token at 4,096 tokens, 1.21 at 8,192, 1.20 at 16,384. Of
+    several ranks none but the first prompts make so many, and what they would be computed in holds
+    7% more sequences: simulated, four ranks with 139 GiB each make 3 to 4% more of photographs and
+    pages with 8,192. Smaller ones let the first sequences decode beside the last prompts, which
+    saves one rank nothing: the last decodes as many steps, at nearly the same cost.
+    """
+    if not on_gpu:
+        return 2048
+    return 16384 if ranks == 1 else 8192
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """One engine: a whole model over `ranks` ranks.
@@ -46,9 +60,6 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantization: Quantization = "int8"
-    # On an H100 the experts take 1.33 us a token at 4,096 tokens, 1.21 at 8,192, 1.20 at 16,384.
-    # Smaller ones let the first sequences decode beside the last prompts, which saves
-    # nothing: the last sequence decodes as many steps whatever the chunk, at nearly the same cost.
     chunk_tokens: int = 16384
     max_sequences: int | None = None
     cache_bytes: int | None = None

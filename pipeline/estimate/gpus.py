@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from model.config import TextConfig, VL01Config
-from model.engine.config import EngineConfig
+from model.engine.config import EngineConfig, usual_chunk_tokens
 from model.engine.cost import weight_bytes
 from model.engine.memory import Capacity, Room, share_out
 from model.engine.ranks import busy_shares, layer_spans
@@ -30,7 +30,7 @@ def engine_config(job: Job) -> EngineConfig:
         device="cpu" if on_cpu else "cuda",
         dtype=job.dtype,
         quantization=job.quantization,
-        chunk_tokens=job.chunk_tokens or (2048 if on_cpu else 16384),
+        chunk_tokens=job.chunk_tokens or usual_chunk_tokens(on_gpu=not on_cpu, ranks=job.pp),
         max_sequences=job.max_sequences,
         cache_bytes=None if job.cache_gib is None else int(job.cache_gib * _GIB),
     )

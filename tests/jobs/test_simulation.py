@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from jobs import cli
-from jobs.bench.simulation import STREAMS, Asked, Delays, simulate, stream
+from jobs.bench.simulation import STREAMS, Asked, Delays, mean_tokens, simulate, stream
 from jobs.bench.slice import released_model
 from model.config import VL01Config, load_config
-from model.engine.config import EngineConfig
+from model.engine.config import EngineConfig, usual_chunk_tokens
 from model.engine.memory import Capacity
 from model.engine.ranks import layer_spans
 from model.nano.random_checkpoint import RELEASED_SIZES, write_configuration
@@ -46,6 +46,21 @@ def test_no_rank_waits_long_for_another_whatever_the_answers(released, name, ran
     assert min(told.steady) > 0.9
     assert max(told.steady) <= 1
     assert min(told.busy) > 0.8  # with the first prompts and the last answers
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_several_ranks_get_microbatches_that_leave_memory_for_more_sequences(released, name):
+    engine = EngineConfig("", ranks=4, device="cuda", tokens_per_sequence=mean_tokens(name))
+    usual = usual_chunk_tokens(on_gpu=True, ranks=4)
+
+    def rate(chunk_tokens: int) -> float:
+        capacity = capacity_estimate(
+            released, replace(engine, chunk_tokens=chunk_tokens), 139 * GIB
+        )
+        requests = stream(name, at_least=4 * capacity.slots)
+        return simulate(released, 4, capacity, requests, chunk_tokens=chunk_tokens).rate
+
+    assert rate(usual) > 0.995 * rate(2 * usual)
 
 
 def test_a_simulation_adds_up(released):
