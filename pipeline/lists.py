@@ -59,6 +59,11 @@ def is_one_row(member: str) -> bool:
     return address is None or kind_of(re.split("[?#]", address, maxsplit=1)[0]) is UnitKind.IMAGES
 
 
+def storable(text: str) -> str:
+    """A text that Arrow can hold: JSON may escape half a character, as of an emoji that was cut."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def choose_column(columns: Collection[str], wanted: str | None) -> str | None:
     """The column `wanted`; if none is, the only one with a usual name. None if there is none."""
     if wanted is not None:
@@ -237,7 +242,7 @@ def _parse(line: str) -> dict[str, Any]:
 def _usable(address: Any) -> str | None:
     if not isinstance(address, str):
         return None
-    address = address.strip()
+    address = storable(address.strip())
     if not address or address.startswith("#") or len(address) > _LONGEST_ADDRESS:
         return None
     return address

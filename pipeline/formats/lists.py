@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipeline.fetch.fetch import Fetched, Fetcher, absolute
 from pipeline.formats.documents import rows_within
 from pipeline.formats.row import ReadSettings, Row, row_error
-from pipeline.lists import AddressList, Group, address_of, is_one_row
+from pipeline.lists import AddressList, Group, address_of, is_one_row, storable
 from pipeline.plan import row_id
 from pipeline.render.renderer import Renderer
 from pipeline.storage import PatientFile
@@ -81,6 +81,6 @@ def _kept(unit: Unit, settings: ReadSettings) -> pa.Table | None:
 
 
 def _text(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)
+    if value is None:
+        return None
+    return storable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

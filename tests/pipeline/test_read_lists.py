@@ -147,6 +147,16 @@ def test_a_line_without_an_address_is_a_failed_row(tmp_path, site):
     assert (second["member"], second["reason"]) == ("#line 2", "bad_address")
 
 
+def test_half_an_emoji_in_a_list_stops_no_run(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"A")
+    first = r'{"url": "a.jpg", "caption": "cut \ud83d"}'
+    second = r'{"url": "\ud83d", "caption": ["\ud83d"]}'
+    (tmp_path / "list.jsonl").write_text(f"{first}\n{second}")
+    rows = read(tmp_path / "list.jsonl", keep=("caption",))
+    assert outcomes(rows) == [("a.jpg", b"A"), ("\\ud83d", "not_found")]
+    assert [row["caption"] for row in rows] == ["cut \\ud83d", r'["\ud83d"]']
+
+
 def test_a_parquet_column_of_addresses_is_read_instead_of_images(tmp_path, site):
     urls = [site.url("/a.jpg"), None, site.url("/b.jpg"), "", " ", site.url("/gone")] * 3
     table = pa.table({"image": [b"not this"] * 18, "link": urls, "n": range(18)})
