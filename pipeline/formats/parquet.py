@@ -152,7 +152,7 @@ def _cells_by_address(
     unit: Unit, first: int, batch: pa.RecordBatch, column: str, settings: ReadSettings
 ) -> Iterator[Cell | None]:
     name, wanted = unit.files[0], unit.members
-    addresses = [(text or "").strip() for text in batch.column(column).to_pylist()]
+    addresses = [_text(value).strip() for value in batch.column(column)]
     kept = kept_columns(batch, settings.kept)
     beside = settings.source.full_address(name)
     null = row_error(Reason.MISSING_IMAGE, "no address in its column")
@@ -170,6 +170,13 @@ def _cells_by_address(
         yield Cell(row._replace(error=error), fetched.file) if is_wanted(i) else None
 
 
+def _text(value: Any) -> str:
+    """Of one value of a column of strings, empty for null. Arrow trusts a file that they are UTF-8,
+    and some are not."""
+    data = value.cast(pa.large_string()).cast(pa.large_binary()).as_py()
+    return (data or b"").decode("utf-8", "backslashreplace")
+
+
 def kept_columns(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
     """The columns in `schema`, in its types; nulls where the file does not have one."""
     columns = [
@@ -185,15 +192,15 @@ def _image(value: Any, name: str, settings: ReadSettings) -> bytes:
     """The bytes of one value of the image column. Raises RowError."""
     path = None
     if t.is_struct(value.type) and value.is_valid:
-        path = value["path"].as_py() if value.type.get_field_index("path") >= 0 else None
+        path = value["path"] if value.type.get_field_index("path") >= 0 else None
         value = value["bytes"]
     if value.is_valid and not t.is_struct(value.type):
         data = value.as_buffer()
         check_size(data.size, settings.max_bytes)
         return data.to_pybytes()
-    if not path:
+    if path is None or not _text(path):
         raise RowError(Reason.MISSING_IMAGE, "null in the image column")
-    return read_file(settings, _beside(name, str(path)))
+    return read_file(settings, _beside(name, _text(path)))
 
 
 def _beside(name: str, path: str) -> str:

@@ -356,6 +356,20 @@ def test_the_struct_of_hugging_face_datasets_is_read(tmp_path):
     assert all("out of the source" in row["message"] for row in rows[5:])
 
 
+def test_a_path_that_is_not_utf8_does_not_cost_the_rows_behind_it(tmp_path):
+    paths = pa.array([b"a.jpg", b"\xff.jpg", b"b.jpg", b"\xff.jpg"])
+    data = pa.array([b"A", b"B", b"C", None])
+    not_utf8 = pa.Array.from_buffers(pa.string(), 4, paths.buffers())
+    images = pa.StructArray.from_arrays([data, not_utf8], ["bytes", "path"])
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet")
+    assert [row["data"] or row["reason"] for row in read(tmp_path)] == [
+        b"A",
+        b"B",
+        b"C",
+        "not_found",
+    ]
+
+
 def test_kept_columns_keep_their_types_and_are_null_where_there_are_none(tmp_path):
     (tmp_path / "z.jpg").write_bytes(b"z")
     nested = [{"w": 1, "tags": ["a"]}, None]

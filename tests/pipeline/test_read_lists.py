@@ -170,6 +170,16 @@ def test_a_parquet_column_of_addresses_is_read_instead_of_images(tmp_path, site)
     assert outcomes(read(tmp_path, uri_column="link")) == outcomes(rows)
 
 
+def test_an_address_that_is_not_utf8_does_not_cost_the_rows_behind_it(tmp_path, site):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/c.jpg").write_bytes(b"C")
+    addresses = pa.array([b"photos/c.jpg", b"\xff.jpg", b"photos/c.jpg"])
+    links = pa.Array.from_buffers(pa.string(), 3, addresses.buffers())
+    pq.write_table(pa.table({"link": links}), tmp_path / "a.parquet")
+    rows = read(tmp_path / "a.parquet", uri_column="link")
+    assert outcomes(rows) == [("0", b"C"), ("1", "not_found"), ("2", b"C")]
+
+
 @pytest.mark.parametrize("column", ["n", "nobody"])
 def test_a_parquet_column_that_holds_no_addresses_is_told_before_the_run(tmp_path, column):
     pq.write_table(pa.table({"image": [b"x"], "n": [1]}), tmp_path / "a.parquet")
