@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.finish import finish
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger, now
+from pipeline.plan import ids_digest
 from schemas.errors import LedgerError
 from schemas.extraction import load_schema
 from schemas.ledger import CommitRecord, Unit, UnitKind, Work
@@ -30,7 +31,8 @@ class _Gathered:
 
     tables: list[pa.Table] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
-    expected: int | None = None  # known once the unit's last row is there
+    expected: int | None = None  # known once the unit's last row is there, as is the digest
+    digest: str | None = None
 
     def add(self, rows: pa.Table) -> None:
         """Rows that came before, from a batch that was done twice, are left out."""
@@ -42,10 +44,16 @@ class _Gathered:
         self.tables.append(rows.take(pa.array(new, pa.int64())))
         for unit_rows in rows["unit_rows"].drop_null().to_pylist():
             self.expected = unit_rows
+        for digest in rows["unit_digest"].drop_null().to_pylist():
+            self.digest = digest
 
     @property
     def whole(self) -> bool:
-        return len(self.seen) == self.expected
+        """Not where a part of the rows is of one reading, and the rest of another that found others
+        (a server answered only then): some would be lost or come twice."""
+        if len(self.seen) != self.expected:
+            return False
+        return ids_digest(self.rows()["row_id"].to_pylist()) == self.digest
 
     def rows(self) -> pa.Table:
         return pa.concat_tables(self.tables).sort_by("index")

@@ -221,6 +221,11 @@ def row_id(name: str, member: str | None = None, page: int | None = None) -> str
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
+def ids_digest(ids: Iterable[str]) -> str:
+    """Of row ids in the order of a unit."""
+    return hashlib.sha256("".join(ids).encode()).hexdigest()
+
+
 def planned_row_ids(unit: Unit) -> list[str] | None:
     """The ids of the rows a unit must become; None where it must be read to know."""
     if unit.rows is None:

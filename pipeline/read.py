@@ -17,7 +17,7 @@ from pipeline.formats.lists import list_rows
 from pipeline.formats.parquet import parquet_rows
 from pipeline.formats.row import TABLE_BYTES, TABLE_ROWS, ReadSettings, Row, row_error
 from pipeline.formats.tar import tar_rows
-from pipeline.plan import units_of
+from pipeline.plan import ids_digest, units_of
 from pipeline.render.settings import PageSettings
 from pipeline.sources import Source
 from schemas.errors import Reason
@@ -69,19 +69,21 @@ def read_unit(unit: Unit, settings: ReadSettings) -> Iterator[pa.Table]:
     """INPUT rows, and the kept columns, of one unit: at least one row, in small tables.
 
     A table has at most TABLE_ROWS rows and TABLE_BYTES of data, or one larger image. The unit's
-    last row tells how many rows it has.
+    last row tells how many rows it has, and which: where the worker dies, Ray reads the unit again
+    for the tables that are still to come, and may meet other rows then.
     """
     rows: list[tuple[Row, float]] = []
-    first, size = 0, 0
+    ids: list[str] = []
+    size = 0
     for row, seconds in _timed(_wanted_rows(unit, settings)):
         more = len(row.data or b"")
         if rows and (len(rows) == TABLE_ROWS or size + more > TABLE_BYTES):
-            yield _table(rows, unit, first, None, settings)
-            first += len(rows)
+            yield _table(rows, unit, ids, False, settings)
             rows, size = [], 0
         rows.append((row, seconds))
+        ids.append(row.id)
         size += more
-    yield _table(rows, unit, first, first + len(rows), settings)
+    yield _table(rows, unit, ids, True, settings)
 
 
 def _wanted_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
@@ -108,17 +110,19 @@ def _timed(rows: Iterator[Row]) -> Iterator[tuple[Row, float]]:
 def _table(
     timed: list[tuple[Row, float]],
     unit: Unit,
-    first: int,
-    unit_rows: int | None,
+    ids: list[str],
+    last: bool,
     settings: ReadSettings,
 ) -> pa.Table:
+    """ids: of all rows of the unit as far as these."""
     rows = [row for row, _ in timed]
     count = len(rows)
     values = {
-        "row_id": [row.id for row in rows],
+        "row_id": ids[-count:],
         "unit": [unit.number] * count,
-        "index": range(first, first + count),
-        "unit_rows": [None] * (count - 1) + [unit_rows],
+        "index": range(len(ids) - count, len(ids)),
+        "unit_rows": [None] * (count - 1) + [len(ids) if last else None],
+        "unit_digest": [None] * (count - 1) + [ids_digest(ids) if last else None],
         "source": [settings.source.full_address(row.name) for row in rows],
         "member": [row.member for row in rows],
         "page": [row.page for row in rows],

@@ -26,6 +26,7 @@ _IDENTITY = [
     ("unit", pa.int64()),
     ("index", pa.int32()),  # position within the unit
     ("unit_rows", pa.int32()),  # rows of the unit, on its last row; null before
+    ("unit_digest", pa.string()),  # of their ids, likewise
     ("source", pa.string()),
     ("member", pa.string()),  # name within a tar, row number within a Parquet file
     ("page", pa.int32()),  # of a document; null for an image

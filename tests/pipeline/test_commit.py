@@ -11,7 +11,7 @@ from pipeline.commit import Committer
 from pipeline.finish import finish
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
-from pipeline.plan import Plan
+from pipeline.plan import Plan, ids_digest
 from pipeline.sources import open_source
 from schemas.errors import LedgerError
 from schemas.ledger import CommitRecord
@@ -19,13 +19,19 @@ from schemas.rows import GENERATED, OUTPUT, with_kept
 from tests.pipeline.fake_run import job_of, run, write_images
 
 
+def id_of(unit: int, index: int) -> str:
+    return f"{unit:016x}{index:016x}"
+
+
 def rows(unit: int, *indices: int, of: int = 4, **columns) -> pa.Table:
+    digest = ids_digest(id_of(unit, index) for index in range(of))
     table = [
         {
-            "row_id": f"{unit:016x}{index:016x}",
+            "row_id": id_of(unit, index),
             "unit": unit,
             "index": index,
             "unit_rows": of if index == of - 1 else None,
+            "unit_digest": digest if index == of - 1 else None,
             "source": "s",
             "text": f"text {unit} {index}",
             "finish_reason": "stop",
@@ -86,6 +92,15 @@ def test_a_batch_that_is_done_twice_gives_its_rows_once(tmp_path, committer):
     assert committer.add(rows(0, 0, 1, 2, 3, text="late")) == []
     assert texts(tmp_path, 0) == [f"text 0 {i}" for i in range(4)]
     assert committer.incomplete() == {}
+
+
+def test_a_unit_of_two_readings_that_met_other_rows_is_not_committed(tmp_path, committer):
+    """The worker died after two tables; the second time the first document had a page less."""
+    committer.add(rows(0, 0, 1, of=5))
+    rest = rows(0, 2, 3, unit_digest=ids_digest(id_of(0, index) for index in (0, 2, 3, 4)))
+    assert committer.add(rest) == []
+    assert committer.incomplete() == {0: 4}
+    assert list((tmp_path / "out").glob("*.parquet")) == []
 
 
 def test_several_units_can_become_whole_at_once(tmp_path, committer):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.plan import Plan, plan_table, planned_row_ids
+from pipeline.plan import Plan, ids_digest, plan_table, planned_row_ids
 from pipeline.read import ReadSettings, read_unit, read_units
 from pipeline.sources import open_source
 from schemas.ledger import Unit, UnitKind
@@ -41,6 +41,8 @@ def read(address, units=None, keep=(), image_column=None, max_bytes=1000, unit_r
         found = pa.concat_tables(tables).to_pylist()
         assert [row["index"] for row in found] == list(range(len(found)))
         assert [row["unit_rows"] for row in found] == [None] * (len(found) - 1) + [len(found)]
+        digest = ids_digest(row["row_id"] for row in found)
+        assert [row["unit_digest"] for row in found] == [None] * (len(found) - 1) + [digest]
         assert all((row["data"] is None) == (row["reason"] is not None) for row in found)
         assert all(row["read_seconds"] >= 0 for row in found)
         assert planned_row_ids(unit) in (None, [row["row_id"] for row in found])
