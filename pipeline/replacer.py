@@ -121,7 +121,8 @@ def merge(old: pa.Table, new: pa.Table, unit: Unit, kept: list[str]) -> pa.Table
     judged = both.select(["status", "reason", "text", "output_tokens"]).to_pylist()
     attempts, ids = both["attempts"].to_pylist(), both["row_id"].to_pylist()
     known, came = ids[: old.num_rows], {row: i for i, row in enumerate(ids) if i >= old.num_rows}
-    missing = stand_ins(unit) if unit.only is None else frozenset()
+    inside = list(zip(new["member"].to_pylist(), new["page"].to_pylist(), strict=True))
+    missing = stand_ins(unit) | _opened(unit, inside) if unit.only is None else frozenset()
 
     takes, olds, tries = [], [], []
     for i, row in enumerate(known):
@@ -132,7 +133,8 @@ def merge(old: pa.Table, new: pa.Table, unit: Unit, kept: list[str]) -> pa.Table
         olds.append(i)
         tries.append(attempts[i] if n == i else (attempts[i] or 0) + (attempts[n] or 0))
     if missing:
-        found = sorted(came[row] for row in came.keys() - set(known) - _vanished(unit, set(known)))
+        shut = _vanished(unit, inside, set(known))
+        found = sorted(came[row] for row in came.keys() - set(known) - shut)
         takes, olds = takes + found, olds + found
         tries += [attempts[i] for i in found]
 
@@ -173,6 +175,16 @@ def stand_ins(unit: Unit) -> frozenset[str]:
     return frozenset(row_id(*item) for item in unit.items if unit.may_hold_documents)
 
 
-def _vanished(unit: Unit, known: set[str]) -> set[str]:
+Inside = list[tuple[str | None, int | None]]  # member and page of rows that came
+
+
+def _opened(unit: Unit, inside: Inside) -> set[str]:
+    """The ids of rows that stood for the pages that came of documents in a tar or Parquet file,
+    where all of it was read again."""
+    return {row_id(unit.names[0], member) for member, page in inside if member and page}
+
+
+def _vanished(unit: Unit, inside: Inside, known: set[str]) -> set[str]:
     """What may come of documents whose pages are known: they could be opened before."""
-    return {row_id(*item) for item in unit.items if row_id(*item, 1) in known}
+    items = [*unit.items, *((unit.names[0], member) for member, _ in inside)]
+    return {row_id(*item) for item in items if row_id(*item, 1) in known}

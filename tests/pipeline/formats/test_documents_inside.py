@@ -251,6 +251,25 @@ def test_a_retry_replaces_a_stand_in_by_its_pages_and_opens_no_other(
     assert (found.rows, found.statuses) == (11, {"ok": 10, "failed": 1})
 
 
+def test_documents_are_known_again_once_their_tar_is_whole(tmp_path):
+    """It was still being written. b.pdf opens now, and its stand-in goes; of d.pdf, which opens no
+    more, there are pages already. What was behind the cut comes."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    broken, whole = pdf(["one"])[:200], pdf(["one", "two"])
+    members = {"a.png": PNG, "b.pdf": broken, "c.pdf": encrypted_pdf(), "d.pdf": whole}
+    data = tar_of({**members, "e.png": PNG})
+    (source / "a.tar").write_bytes(data[: data.index(b"e.png") + 100])
+    run(job_of(source, output))
+    write_tar(source / "a.tar", {**members, "b.pdf": whole, "d.pdf": broken, "e.png": PNG})
+    retry(source, output, max_bytes=10**7)
+    after = rows(output)
+    pages = [(member, page) for member in ("b.pdf", "d.pdf") for page in (1, 2)]
+    expected = [("a.png",), *pages, ("c.pdf",), ("e.png",)]
+    assert after.keys() == {row_id("a.tar", *member) for member in expected}
+    assert [row["reason"] for row in after.values() if row["status"] == "failed"] == ["encrypted"]
+
+
 def test_a_document_that_ends_where_it_was_cut_leaves_one_row_that_says_so(tmp_path):
     """Its stand-in has nothing to be replaced by, and nothing comes beside it."""
     source, output = tmp_path / "in", tmp_path / "out"
