@@ -112,6 +112,8 @@ def _write_unit(ledger: Ledger, source: Source, unit: Unit, markdown: bool) -> N
         return
     documents = list(_documents(ledger, source, unit))
     if markdown:
+        for vanished in _written_names(ledger, unit, name) - {found for found, _ in documents}:
+            _write_markdown(ledger, vanished, None)
         for document_name, document in documents:
             some = document[Status.FAILED] < len(document["pages"])
             _write_markdown(ledger, document_name, document["text"] if some else None)
@@ -168,6 +170,17 @@ def _metadata(ledger: Ledger, name: str) -> dict[bytes, bytes]:
             return pq.ParquetFile(file).schema_arrow.metadata or {}
     except FileNotFoundError:
         return {}
+
+
+def _written_names(ledger: Ledger, unit: Unit, name: str) -> set[str]:
+    """What the .md files of documents inside of a unit's file are named after, by a part that was
+    written before."""
+    try:
+        with PatientFile(ledger.fs, _path(ledger, name), cache_type="none") as file:
+            members = pq.ParquetFile(file).read(["member"])["member"].drop_null().to_pylist()
+    except FileNotFoundError:
+        return set()
+    return {_document_name(unit.names[0], member) for member in members}
 
 
 def _write_markdown(ledger: Ledger, name: str, text: str | None) -> None:

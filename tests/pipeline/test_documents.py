@@ -159,6 +159,28 @@ def test_a_document_that_was_replaced_by_a_damaged_one_keeps_no_text_of_the_old(
     assert before.keys() - files(output).keys() == {"markdown/sub/03.pdf.md"}
 
 
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_document_that_vanished_from_its_file_keeps_no_text(tmp_path, kind):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+
+    def write_source(members: dict[str, bytes]) -> None:
+        if kind == "tar":
+            (source / "x.tar").write_bytes(tar_of(members))
+        else:
+            pq.write_table(pa.table({"image": list(members.values())}), source / "x.parquet")
+
+    write_source({"a.pdf": pdf(["one"]), "b.pdf": pdf(["two"]), "c.pdf": encrypted_pdf()})
+    run(job_of(source, output))
+    write(source, output, markdown=True)
+    folder = output / f"_vl01/markdown/x.{kind}"
+    assert len(list(folder.iterdir())) == 2
+    write_source({"a.pdf": pdf(["changed", "since"])})
+    run(job_of(source, output, grow=True, settle_seconds=0))
+    write(source, output)
+    assert [path.name for path in folder.iterdir()] == ["a.pdf.md" if kind == "tar" else "0.md"]
+
+
 def test_what_was_cut_short_is_done_by_the_next_run(ran, monkeypatch):
     source, output = ran
     whole = documents._write_markdown
