@@ -205,7 +205,7 @@ def _open_tar(file: PatientFile) -> tarfile.TarFile:
 
 def _whole_members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
     """The members that become rows. Raises ReadError at one that the end of the tar cuts."""
-    for member in members_read(tar):
+    for member in members_read(tar, size):
         if member.offset_data + member.size > size:
             raise tarfile.ReadError("unexpected end of data")
         yield member

@@ -52,7 +52,7 @@ def tar_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
             PatientFile(fs, path, block_size=STREAM_BYTES) as file,
             tarfile.open(fileobj=file, mode="r|", bufsize=1024**2, tarinfo=StrictHeader) as tar,  # type: ignore[arg-type]
         ):
-            for member in members_read(tar):
+            for member in members_read(tar, file.size):
                 whole = Row(name, _shown(member, seen))
                 if wanted is None or whole.member in missing:
                     yield from _rows(unit, whole, tar, member, settings, renderer)
@@ -73,9 +73,15 @@ def tar_rows(unit: Unit, settings: ReadSettings) -> Iterator[Row]:
         yield Row(name, None, error=error)
 
 
-def members_read(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members that become rows, links among them. Raises what tarfile raises."""
+def members_read(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+    """The members that become rows, links among them. Raises what tarfile raises, and at one that
+    claims to end far behind the tar, of `size` bytes: tarfile would read there for days.
+    """
     while (member := tar.next()) is not None:
+        if tar.offset - tarfile.BLOCKSIZE >= size:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(
+                f"damaged or cut: a member of {member.size:,} bytes in a tar of {size:,}"
+            )
         tar.members.clear()  # type: ignore[attr-defined]  # else it keeps the header of every member
         is_read = kind_of(member.name) in (UnitKind.IMAGES, UnitKind.DOCUMENTS)
         is_file = member.isreg() or member.islnk() or member.issym()

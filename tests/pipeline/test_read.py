@@ -291,6 +291,17 @@ def test_a_header_that_claims_gigabytes_is_not_believed(tmp_path):
     assert outcomes(read(tmp_path))[0] == ("a.jpg", b"x" * 512)
 
 
+def test_a_member_that_claims_to_be_longer_than_its_tar_does_not_hang_the_reader(tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, claim in (("a.jpg", {}), ("b.txt", {"size": str(10**15)}), ("c.jpg", {})):
+            info = tarfile.TarInfo(name)
+            info.pax_headers = claim
+            tar.addfile(info)
+    (tmp_path / "a.tar").write_bytes(buffer.getvalue())
+    assert outcomes(read(tmp_path)) == [("a.jpg", b""), (None, "source_damaged")]
+
+
 # Parquet files
 
 
