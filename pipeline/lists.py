@@ -22,6 +22,7 @@ from schemas.ledger import UnitKind
 USUAL_COLUMNS = ("uri", "url", "path", "address")
 _BLOCK_BYTES = 4 * 1024**2
 _LONGEST_LINE = 1024**2
+csv.field_size_limit(_LONGEST_LINE)  # else a field may be only an eighth of a line
 _LONGEST_ADDRESS = 8192  # characters; what is longer is none
 _NUMBERED = re.compile(r"#\d+$")
 _UTF8_MARK, _UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")

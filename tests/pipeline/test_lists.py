@@ -113,7 +113,7 @@ def test_cells_without_an_address_are_rows_too(tmp_path):
     [
         ("a.csv", 'url\n"open\nb\nc\n', "line 4: unexpected end of data"),
         ("a.csv", 'url\n"a"b\n', "line 2"),
-        ("a.csv", "url\n" + '"' + "x\n" * 100_000, "field larger"),
+        ("a.csv", "url\n" + '"' + "x\n" * 600_000, "field larger"),
         ("a.txt", bytes(3 * 2**20), "longer than a megabyte"),
         ("a.txt", "photo.jpg\n".encode("utf-16"), "UTF-16"),
         ("a.jsonl", "a\nb\n", "no address in 2 lines"),
@@ -130,6 +130,11 @@ def test_what_is_no_list_is_refused_before_the_run(tmp_path, name, content, mess
 
 def test_characters_that_are_not_utf8_do_not_stop_the_list(tmp_path):
     assert members(write(tmp_path / "a.txt", b"caf\xe9.jpg\nb.jpg\n")) == ["caf\\xe9.jpg", "b.jpg"]
+
+
+def test_a_long_field_beside_the_addresses_does_not_cost_the_list(tmp_path):
+    path = write(tmp_path / "a.csv", f'url,text\na.jpg,"{"x" * 200_000}"\nb.jpg,y\n')
+    assert members(path) == ["a.jpg", "b.jpg"]
 
 
 def test_lines_over_the_ends_of_blocks_are_whole(tmp_path, monkeypatch):
