@@ -4,7 +4,9 @@ Names and labels are here and nowhere else; jobs/deploy/grafana.json draws them.
 before each name, `_total` after a counter's, and its own labels (node, worker) beside these.
 """
 
+import string
 import time
+from urllib.parse import quote
 
 from ray.util.metrics import Counter, Gauge
 
@@ -18,7 +20,7 @@ class RunMetrics:
     """Of the process that commits. To be made once Ray has started."""
 
     def __init__(self, output: str) -> None:
-        tag = {"output": output}
+        tag = {"output": quote(output, safe=string.printable)}  # Ray takes ASCII only
         self._rows = Counter("vl01_rows", "Committed rows", ("output", "status"))
         self._reasons = Counter("vl01_row_reasons", "Committed rows, by why", ("output", "reason"))
         self._tokens = Counter("vl01_tokens", "Tokens of committed rows", ("output", "kind"))

@@ -35,6 +35,7 @@ def scraped() -> dict[str, float]:
         of_run.committed(WORK)
         of_run.committed(WORK)
         of_run.units(left=7, begun=2)
+        RunMetrics("/data/Büro %").committed(WORK)
         engine = SimpleNamespace(
             statistics=EngineStatistics(9, prompt_tokens=600, output_tokens=60, preemptions=1),
             occupancy=Occupancy(running=3, slots=0.75, blocks=0.5),
@@ -79,6 +80,11 @@ def test_prometheus_counts_what_was_committed(scraped):
     assert scraped[f'ray_vl01_tokens_total{{kind="prompt",{where}}}'] == 1400
     assert scraped[f"ray_vl01_units_left{{{where}}}"] == 7
     assert scraped[f"ray_vl01_units_begun{{{where}}}"] == 2
+
+
+@pytest.mark.slow
+def test_an_output_whose_name_is_not_ascii_is_counted_and_stops_no_run(scraped):
+    assert scraped['ray_vl01_rows_total{output="/data/B%C3%BCro %",status="ok"}'] == 3
 
 
 @pytest.mark.slow
