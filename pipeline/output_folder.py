@@ -47,6 +47,11 @@ class OutputFolder:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
+            if "memory" in self.fs.protocol:
+                raise ConfigError(
+                    f"cannot write to {self.output}: it is gone when this command ends; expected a"
+                    " folder or an address of storage that stays"
+                )
             if self.fs.isfile(self.root):
                 raise ConfigError(f"cannot write to {self.output}: it is a file, not a folder")
             if not self.fs.exists(self._path("job.json")):

@@ -40,6 +40,7 @@ def test_a_job_without_mistakes_passes_and_leaves_nothing_behind(job, tmp_path):
         ({"source": "{tmp}/empty"}, "nothing to read in .*; expected files ending in"),
         ({"output": "{tmp}/file"}, "it is a file, not a folder"),
         ({"output": "/proc/out"}, "cannot write to /proc/out"),
+        ({"output": "memory://out"}, "memory:///out: it is gone when this command ends"),
         (
             {"model": "{tmp}/nowhere"},
             "has no config\\.json. Expected the folder of a MiniMax-VL-01",
