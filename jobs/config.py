@@ -141,7 +141,7 @@ def _explain(details: ErrorDetails, name: Callable[[str], str]) -> str:
     # "Input should be a valid integer, unable to parse ...": what is wanted is in the middle.
     wanted = re.sub(r"^.* should |, (unable|got) .*$", "", details["msg"]).replace("tuple", "list")
     if details["type"] == "tuple_type":  # of a key whose flag is given once for each value
-        wanted = f"be a list: [{details['input']}]"
+        wanted = "be a list: " + ("[]" if details["input"] is None else f"[{details['input']}]")
     return f"{where} is {details['input']!r}; it should {wanted}"
 
 

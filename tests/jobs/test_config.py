@@ -68,6 +68,7 @@ def test_every_mistake_is_named_in_a_line_of_its_own(tmp_path):
         ("replicas: 0", "replicas is 0; it should be a whole number from 1 on, or auto"),
         ("prompt: 7", "prompt is 7; it should be a valid string"),
         ("prompt: ''", "prompt is ''; it should have at least 1 character"),
+        ("keep:", "keep is None; it should be a list: []"),
         ("stop: [a, 7]", "stop[1] is 7; it should be a valid string"),
         ("quantization: 4", "quantization is 4; it should be 'int8', 'int8-dynamic' or 'none'"),
         ("strict: perhaps", "strict is 'perhaps'; it should be a valid boolean"),
