@@ -205,6 +205,15 @@ class Ledger(OutputFolder):
             if match := _PART.fullmatch(name):
                 yield int(match[1])
 
+    def strangers(self) -> list[str]:
+        """Parquet files beside the parts that no run wrote, and that readers of OUT take for
+        some."""
+        return sorted(
+            name
+            for name in list_flat(self.fs, self.root)
+            if name.endswith(".parquet") and name[0] not in "._" and not _PART.fullmatch(name)
+        )
+
     def clean_up(self) -> None:
         """Removes unfinished files and parts that have no record, and brings replacements that
         were cut short to their end. Only for who has the lease."""

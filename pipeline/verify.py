@@ -97,7 +97,13 @@ def verify(output: str, endpoint_url: str | None = None, deep: bool = False) -> 
         problems.add(f"row {one} is there {len(units)} times, in units {units}")
     unrecorded = [ledger.part_name(n) for n in ledger.parts() if n >= len(done) or not done[n]]
     for part in unrecorded:
-        problems.add(f"{part} has no commit record: its rows do not count, but are read with OUT")
+        problems.add(
+            f"{part} has no commit record: its rows do not count, but are read with OUT; the"
+            " command that started the run removes it"
+        )
+    strangers = ledger.strangers()
+    for file in strangers:
+        problems.add(f"{file} is of no run, but its rows are read with OUT; move it elsewhere")
     return Verification(
         output=ledger.output,
         planned_units=len(done),
@@ -108,7 +114,7 @@ def verify(output: str, endpoint_url: str | None = None, deep: bool = False) -> 
         reasons=dict(reasons),
         missing_rows=missing,
         doubled_rows=len(doubled),
-        unrecorded_parts=tuple(sorted(unrecorded)),
+        unrecorded_parts=tuple(sorted(unrecorded) + strangers),
         damaged_units=damaged,
         problems=problems.lines(),
     )

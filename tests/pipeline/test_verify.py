@@ -81,6 +81,13 @@ def test_a_part_beyond_the_plan_is_told(ledger):
     assert verify(ledger.output).unrecorded_parts == ("part-000000099.parquet",)
 
 
+def test_rows_that_a_reader_of_out_sees_and_no_run_wrote_are_told(ledger):
+    shutil.copy(ledger.part_path(0), f"{ledger.root}/copy of part-000000000.parquet")
+    found = verify(ledger.output)
+    assert "copy of part-000000000.parquet is of no run" in found.problems[0]
+    assert not found.ok
+
+
 def test_a_part_that_is_gone_is_missing_rows(ledger):
     ledger.fs.rm_file(ledger.part_path(4))
     found = verify(ledger.output)
