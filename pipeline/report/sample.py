@@ -57,7 +57,7 @@ class Sample:
     # The gravest first. Rows of each kind are taken in turns until the sheet is full.
     RISKS = (
         *("failed", "breaks the schema", "truncated", "retried"),
-        *("low confidence", "short", "long"),
+        *("least confident", "short", "long"),
     )
 
     def __init__(self, seed: int) -> None:
@@ -73,7 +73,7 @@ class Sample:
             "breaks the schema": (chance, rows.status == Status.INVALID),
             "truncated": (chance, rows.status == Status.TRUNCATED),
             "retried": (chance, rows.attempts > 1),
-            "low confidence": (rows.mean_logprob, np.isfinite(rows.mean_logprob)),
+            "least confident": (rows.mean_logprob, np.isfinite(rows.mean_logprob)),
             "short": (rows.length + chance / 2, ok),
             "long": (chance / 2 - rows.length, ok),
         }

@@ -324,7 +324,7 @@ def test_the_same_dataset_and_seed_give_the_same_sheet_and_another_seed_another(
     assert len({row.row_id for row in once.sampled}) == 48
     assert sum(row.why == "random" for row in once.sampled) == 24
     by_risk = {row.why for row in once.sampled} - {"random"}
-    assert by_risk == {"failed", "truncated", "low confidence", "short", "long"}
+    assert by_risk == {"failed", "truncated", "least confident", "short", "long"}
 
 
 def test_fields_of_an_extraction_are_shown(mixed):
