@@ -38,7 +38,7 @@ def page(report: Report, job: dict[str, Any], cells: list[Cell]) -> str:
         report=report,
         planned=planned,
         compared=compared(planned, report.cost) if planned else [],
-        job=job,
+        job={key: in_job_file(value) for key, value in job.items() if value not in (None, [])},
         statuses=[(s.value, n) for s in Status if (n := report.statuses.get(s, 0))],
         reasons=sorted(report.reasons.items(), key=lambda item: (-item[1], item[0])),
         wide=throughput(report.throughput, WIDE),
@@ -48,6 +48,11 @@ def page(report: Report, job: dict[str, Any], cells: list[Cell]) -> str:
         by_risk=[cell for cell in cells if cell.why != RANDOM],
         most_text=_MOST_TEXT,
     )
+
+
+def in_job_file(value: Any) -> str:
+    """How a job file says it: YAML reads JSON, and Python's None and True as words."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def compared(run: RunFigures, cost: Cost | None) -> list[tuple[str, str, str]]:

@@ -341,6 +341,11 @@ def test_fields_of_an_extraction_are_shown(mixed):
     assert ">0.88</td>" in page
 
 
+def test_the_job_is_told_in_words_that_a_job_file_takes(mixed):
+    page = html_of(write_report(dataset(mixed).output))
+    assert "<td>stop_repetition</td><td><code>false</code></td>" in page
+
+
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no dataset"):
         write_report(str(tmp_path))
