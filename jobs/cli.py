@@ -101,7 +101,7 @@ needs no model.
   0  every row is there once
   1  the ledger itself cannot be read
   2  OUT is not the output of a run
-  4  rows missing or twice, or a part is damaged"""
+  4  rows missing or twice, a part is damaged, or OUT holds other rows too"""
 
 app = typer.Typer(
     name="vl01",
