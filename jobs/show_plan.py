@@ -38,8 +38,8 @@ No cluster is asked: --replicas auto counts as 1 where no run tells more.
 _GIB = 1024**3
 _MIB = 1024**2
 _KINDS = {
-    "images": "image files",
-    "documents": "pages of documents",
+    "images": "image file{s}",
+    "documents": "page{s} of documents",
     "tar": "in tars",
     "parquet": "in Parquet files",
     "list": "in lists",
@@ -93,7 +93,8 @@ def _done(plan: Estimate) -> str:
 
 def _rows(kinds: dict[str, RowsEstimate]) -> str:
     parts = [
-        f"{'' if kind.rows_known else 'about '}{kind.rows:,} {_KINDS[name]}"
+        f"{'' if kind.rows_known else 'about '}{kind.rows:,} "
+        + _KINDS[name].format(s="" if kind.rows == 1 else "s")
         for name, kind in kinds.items()
     ]
     if len(parts) == 1:

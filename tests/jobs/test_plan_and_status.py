@@ -67,6 +67,13 @@ def test_a_plan_takes_the_arguments_of_the_run(vl01, job, checkpoint, tmp_path):
     assert json.loads(shown) == json.loads(of_file) == json.loads(by_name)
 
 
+def test_one_image_is_not_called_files(vl01, job, tmp_path):
+    (tmp_path / "in/one.jpg").write_bytes(b"")
+    job.write_text(job.read_text().replace("source: in", "source: in/one.jpg"))
+    _, shown, _ = vl01("plan", job)
+    assert "1 image file\n" in shown
+
+
 def test_an_unknown_speed_is_said_to_be_unknown(vl01, job):
     _, shown, _ = vl01("plan", job)
     assert "not known" in shown
