@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Measure the engine on this machine's GPU.",
+    help="Measure the engine, on a GPU for the most part, and how well a checkpoint reads.",
     rich_markup_mode="rich",
     no_args_is_help=True,
 )
